@@ -1,0 +1,23 @@
+"""Squeeze-and-Excitation as a torch.fx compiler pass."""
+
+from se_fx.blocks import SqueezeExcite2d
+from se_fx.cost import Cost
+from se_fx.errors import SqueezeExciteError
+from se_fx.plan import Plan, Site
+from se_fx.report import Report
+from se_fx.transform import apply_squeeze_excite, plan, remove, report, transform
+
+__all__ = [
+    "Cost",
+    "Plan",
+    "Report",
+    "Site",
+    "SqueezeExcite2d",
+    "SqueezeExciteError",
+    "apply_squeeze_excite",
+    "plan",
+    "remove",
+    "report",
+    "transform",
+]
+__version__ = "0.1.0"

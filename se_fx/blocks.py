@@ -1,0 +1,148 @@
+"""The Squeeze-and-Excitation block. Knows nothing of graphs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from se_fx.errors import SqueezeExciteError
+
+__all__ = ["ACTIVATIONS", "GATES", "INITS", "SqueezeExcite2d", "latent_width"]
+
+#: Gate functions by name. Each maps the excitation's logits to the factors a channel is scaled by.
+GATES: dict[str, Callable[[], nn.Module]] = {"sigmoid": nn.Sigmoid, "hardsigmoid": nn.Hardsigmoid}
+#: Hidden activations by name.
+ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {"relu": nn.ReLU, "silu": nn.SiLU, "gelu": nn.GELU}
+#: Initialisations by name; see `SqueezeExcite2d`.
+INITS = ("default", "identity")
+
+
+def latent_width(latent_channels: float, channels: int) -> int:
+    """Hidden width of a block over `channels` channels.
+
+    Args:
+        latent_channels: a width (integer >= 1), or a fraction in (0, 1) of `channels`, the inverse of the paper's
+            reduction ratio r.
+        channels: channels of the feature map.
+
+    Raises:
+        SqueezeExciteError: `latent_channels` is neither.
+
+    >>> latent_width(64, 512), latent_width(1 / 16, 512), latent_width(1 / 16, 8)
+    (64, 32, 1)
+    """
+    is_number = isinstance(latent_channels, (int, float)) and not isinstance(latent_channels, bool)
+    if not is_number or not (0 < latent_channels < 1 or (latent_channels >= 1 and latent_channels == int(latent_channels))):
+        raise SqueezeExciteError(
+            f"latent_channels={latent_channels!r}: expected a hidden width (an integer >= 1, such as 64) "
+            "or a fraction of the channels in (0, 1), such as 1/16"
+        )
+    return int(latent_channels) if latent_channels >= 1 else max(1, round(latent_channels * channels))
+
+
+class SqueezeExcite2d(nn.Module):
+    r"""Squeeze-and-Excitation: scale each channel by a gate computed from all channels' spatial means.
+
+    For U of shape (N, C, H, W), or unbatched (C, H, W):
+
+    .. math:: y = U \cdot g, \quad g = k \, \sigma(W_2 \, \delta(W_1 \, \mathrm{mean}_{H,W}(U)))
+
+    where :math:`\delta` is the activation, :math:`\sigma` the gate and k is 1, or, with ``init="identity"``,
+    :math:`1 / \sigma(0)`.
+
+    Source: Hu, Shen, Sun, *Squeeze-and-Excitation Networks*, arXiv 1709.01507, section 3. Without biases it is the
+    block of MosaicML Composer's Squeeze-Excite.
+
+    Args:
+        num_features: C, the channels of the input.
+        latent_channels: hidden width (integer >= 1), or a fraction in (0, 1) of C.
+        bias: whether the two linear layers have biases.
+        activation: a name in `ACTIVATIONS`, or a callable on tensors (a module included).
+        gate: a name in `GATES`, or a callable on tensors (a module included).
+        init: ``"default"`` initialises both layers as `nn.Linear` does. ``"identity"`` zeroes the second one and scales
+            the gate so that it is exactly 1.0 until training moves it: outputs equal inputs bitwise, where these are finite.
+        device: device of the parameters.
+        dtype: dtype of the parameters.
+
+    Raises:
+        SqueezeExciteError: an argument is out of range, or the gate cannot be made exactly 1.0 for ``init="identity"``.
+
+    >>> block = SqueezeExcite2d(8, latent_channels=0.25, init="identity")
+    >>> x = torch.randn(2, 8, 5, 5)
+    >>> torch.equal(block(x), x)
+    True
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        latent_channels: float = 0.125,
+        *,
+        bias: bool = False,
+        activation: str | Callable[[Tensor], Tensor] = "relu",
+        gate: str | Callable[[Tensor], Tensor] = "sigmoid",
+        init: str = "default",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if isinstance(num_features, bool) or not isinstance(num_features, int) or num_features < 1:
+            raise SqueezeExciteError(f"num_features={num_features!r}: expected the number of channels, an integer >= 1")
+        if init not in INITS:
+            raise SqueezeExciteError(f"init={init!r}: expected one of {', '.join(map(repr, INITS))}")
+        width = latent_width(latent_channels, num_features)
+        self.num_features = num_features
+        self.latent_channels = width
+        self.fc1 = nn.Linear(num_features, width, bias=bias, device=device, dtype=dtype)
+        self.activation = _from_table("activation", activation, ACTIVATIONS)
+        self.fc2 = nn.Linear(width, num_features, bias=bias, device=device, dtype=dtype)
+        self.gate = _from_table("gate", gate, GATES)
+        self.gate_scale = _identity_scale(self.gate) if init == "identity" else 1.0
+        if init == "identity":
+            nn.init.zeros_(self.fc2.weight)
+            if bias:
+                nn.init.zeros_(self.fc2.bias)
+
+    def excitation(self, x: Tensor) -> Tensor:
+        """The gate of each channel: (N, C, H, W) to (N, C, 1, 1); (C, H, W) to (C, 1, 1)."""
+        squeezed = x.mean((-2, -1))
+        gate = self.gate(self.fc2(self.activation(self.fc1(squeezed))))
+        if self.gate_scale != 1.0:
+            gate = gate * self.gate_scale
+        return gate.to(x.dtype)[..., None, None]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Scale (N, C, H, W), or (C, H, W), channel by channel; same shape, dtype and memory format."""
+        return x * self.excitation(x)
+
+    def extra_repr(self) -> str:
+        """The block's numbers, for `repr`."""
+        scale = "" if self.gate_scale == 1.0 else f", gate_scale={self.gate_scale}"
+        return f"{self.num_features}, latent_channels={self.latent_channels}{scale}"
+
+
+def _from_table(
+    argument: str, choice: str | Callable[[Tensor], Tensor], table: dict[str, Callable[[], nn.Module]]
+) -> Callable[[Tensor], Tensor]:
+    if isinstance(choice, str) and choice in table:
+        return table[choice]()
+    if isinstance(choice, str) or isinstance(choice, type) or not callable(choice):
+        raise SqueezeExciteError(
+            f"{argument}={choice!r}: expected one of {', '.join(map(repr, table))}, or a callable on tensors "
+            "(an instance, not a class)"
+        )
+    return choice
+
+
+def _identity_scale(gate: Callable[[Tensor], Any]) -> float:
+    at_zero = float(gate(torch.zeros(1)))
+    scale = 1.0 / at_zero if at_zero else 0.0
+    if scale * at_zero != 1.0 or torch.tensor(scale).frexp().mantissa != 0.5:
+        raise SqueezeExciteError(
+            f"gate={gate!r} with init='identity': the gate is {at_zero} at zero, which no power of two scales to exactly 1.0; "
+            "use gate='sigmoid', gate='hardsigmoid', or init='default'"
+        )
+    return scale

@@ -1,0 +1,264 @@
+"""Costs: what running a model takes, counted operator by operator on fake tensors. Knows nothing of tables.
+
+Words, as they are used here:
+
+* a *MAC* is one multiply-accumulate of a convolution or matrix product, counted by `torch.utils.flop_counter`'s formulas;
+* a *FLOP* is one floating-point operation: two for each MAC, and one for each element that any other operator computes
+  (pointwise operators) or reads (reductions, pooling). Data movement is none;
+* *bytes* are those of every operator's tensor arguments and results, each operator for itself, as eager mode moves them.
+
+Counted in evaluation mode, for one call.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensorMode,
+)
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils.flop_counter import flop_registry
+
+from se_fx.errors import SqueezeExciteError
+from se_fx.regions import clone
+
+__all__ = ["Cost", "Measurement", "measure"]
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What something takes; add and subtract them.
+
+    Attributes:
+        params: parameters.
+        macs: multiply-accumulates of convolutions and matrix products.
+        flops: floating-point operations: two for each MAC, one for each element of all else.
+        bytes: bytes read and written by all operators.
+    """
+
+    params: int = 0
+    macs: int = 0
+    flops: int = 0
+    bytes: int = 0
+
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(*(a + b for a, b in zip(self.astuple(), other.astuple(), strict=True)))
+
+    def __sub__(self, other: Cost) -> Cost:
+        return Cost(*(a - b for a, b in zip(self.astuple(), other.astuple(), strict=True)))
+
+    def astuple(self) -> tuple[int, int, int, int]:
+        """The four counts."""
+        return self.params, self.macs, self.flops, self.bytes
+
+
+@dataclass
+class Measurement:
+    """One counted call of a model.
+
+    Attributes:
+        total: everything.
+        parts: the part of each watched module, by its key.
+        shapes: the shape of each watched module's last output; watched modules that weren't reached are missing.
+        uncounted: how often each operator ran that no rule covers; their FLOPs count as 0.
+        ran_for_real: whether the model's code needed real values, so that the call was computed.
+    """
+
+    total: Cost = Cost()
+    parts: dict[str, Cost] = field(default_factory=dict)
+    shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    uncounted: Counter[str] = field(default_factory=Counter)
+    ran_for_real: bool = False
+
+
+def measure(model: nn.Module, example_inputs: Any, watched: Mapping[str, str] | None = None) -> Measurement:
+    """Count one call of `model`, which is left as it is.
+
+    Nothing is computed and no memory taken, unless the model's code depends on values (as detection models do): then
+    the call is run for real, once.
+
+    Args:
+        model: any module, on the meta device too.
+        example_inputs: a tensor, a tuple of positional arguments, or a dict of keyword arguments.
+        watched: names of submodules whose part is to be told apart, by the keys to tell them by.
+
+    Raises:
+        SqueezeExciteError: the model can't be called with `example_inputs`.
+    """
+    args, kwargs = as_call(example_inputs)
+    watched = watched or {}
+    try:
+        return _count_fake(model, args, kwargs, watched)
+    except (DataDependentOutputException, DynamicOutputShapeException):
+        return _count(clone(model), args, kwargs, watched, ran_for_real=True)
+    except SqueezeExciteError:
+        raise
+    except Exception as error:
+        first_line = str(error).strip().split("\n")[0]
+        raise SqueezeExciteError(
+            f"example_inputs: the model could not be called with {_describe(args, kwargs)}: {type(error).__name__}: {first_line}"
+        ) from error
+
+
+def as_call(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Positional and keyword arguments of a call from `example_inputs` in any of the forms `measure` takes."""
+    if isinstance(example_inputs, Tensor):
+        return (example_inputs,), {}
+    if isinstance(example_inputs, (tuple, list)):
+        return tuple(example_inputs), {}
+    if isinstance(example_inputs, Mapping):
+        return (), dict(example_inputs)
+    raise SqueezeExciteError(
+        f"example_inputs={type(example_inputs).__name__}: expected a tensor, a tuple of positional arguments, "
+        "or a dict of keyword arguments"
+    )
+
+
+def _describe(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
+    parts = [tuple(arg.shape) if isinstance(arg, Tensor) else type(arg).__name__ for arg in (*args, *kwargs.values())]
+    return f"inputs {', '.join(map(str, parts))}" if parts else "no inputs"
+
+
+# ----------------------------------------------------------------------------------------------------------------- running
+def _count_fake(model: nn.Module, args: Any, kwargs: Any, watched: Mapping[str, str]) -> Measurement:
+    model = clone(model)
+    devices = [t.device for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+    devices += [parameter.device for parameter in model.parameters()]
+    device = next((d for d in devices if d.type != "meta"), torch.device("cpu"))
+    fakes: dict[Tensor, Tensor] = {}
+    with FakeTensorMode(allow_non_fake_inputs=True):
+
+        def fake(tensor: Tensor) -> Tensor:
+            if tensor not in fakes:
+                where = device if tensor.device.type == "meta" else tensor.device
+                empty = torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype, device=where)
+                fakes[tensor] = nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
+            return fakes[tensor]
+
+        for module in model.modules():
+            if not isinstance(module, torch.jit.ScriptModule):
+                for tensors in (module._parameters, module._buffers):
+                    tensors.update({name: fake(tensor) for name, tensor in tensors.items() if tensor is not None})
+        args, kwargs = tree_map_only(Tensor, fake, (args, kwargs))
+        return _count(model, args, kwargs, watched)
+
+
+def _count(model: nn.Module, args: Any, kwargs: Any, watched: Mapping[str, str], *, ran_for_real: bool = False) -> Measurement:
+    """Count one call of `model`, a clone."""
+    model.eval()
+    measurement = Measurement(ran_for_real=ran_for_real)
+    counting = _Counting(measurement)
+    for key, name in watched.items():
+        module = model.get_submodule(name)
+        module.register_forward_pre_hook(lambda _module, _args, key=key: counting.inside.append(key), prepend=True)
+        module.register_forward_hook(lambda _module, _args, output, key=key: counting.leave(key, output))
+        measurement.parts[key] = Cost(params=sum(parameter.numel() for parameter in module.parameters()))
+    with torch.no_grad(), _random_state_kept(), counting:
+        model(*args, **kwargs)
+    measurement.total += Cost(params=sum(parameter.numel() for parameter in model.parameters()))
+    return measurement
+
+
+@contextlib.contextmanager
+def _random_state_kept() -> Iterator[None]:
+    with torch.random.fork_rng():
+        yield
+
+
+class _Counting(TorchDispatchMode):
+    """Adds up the operators that run within it."""
+
+    def __init__(self, measurement: Measurement) -> None:
+        super().__init__()
+        self.measurement = measurement
+        self.inside: list[str] = []
+
+    def leave(self, key: str, output: Any) -> None:
+        self.inside.pop()
+        if isinstance(output, Tensor):
+            self.measurement.shapes[key] = tuple(output.shape)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        macs, flops = self._operations(func, args, kwargs, out)
+        tensors = [t for t in tree_leaves((args, kwargs, out)) if isinstance(t, Tensor)]
+        moved = 0 if func.is_view else sum(t.numel() * t.element_size() for t in tensors)
+        cost = Cost(macs=macs, flops=flops, bytes=moved)
+        self.measurement.total += cost
+        if self.inside:
+            key = self.inside[-1]
+            self.measurement.parts[key] += cost
+        return out
+
+    def _operations(self, func: Any, args: Any, kwargs: Any, out: Any) -> tuple[int, int]:
+        packet = func._overloadpacket
+        if packet in flop_registry:
+            flops = int(flop_registry[packet](*args, **kwargs, out_val=out))
+            return flops // 2, flops
+        name = packet.__name__
+        if name in FREE or func.is_view:
+            return 0, 0
+        if name in RULES:
+            return 0, RULES[name](args, out)
+        if torch.Tag.pointwise in func.tags or name in POINTWISE:
+            return 0, _written(args, out)
+        self.measurement.uncounted[str(packet)] += 1
+        return 0, 0
+
+
+# ------------------------------------------------------------------------------------------------------------------- rules
+def _read(args: Any, out: Any) -> int:
+    return max((t.numel() for t in tree_leaves(args) if isinstance(t, Tensor)), default=0)
+
+
+def _written(args: Any, out: Any) -> int:
+    return max((t.numel() for t in tree_leaves(out) if isinstance(t, Tensor)), default=0)
+
+
+def _per_element(count: int) -> Callable[[Any, Any], int]:
+    return lambda args, out: count * _written(args, out)
+
+
+def _window(args: Any, out: Any) -> int:
+    """Pooling with a window: one operation for each element under each window."""
+    height, width = (args[1] * 2)[:2] if isinstance(args[1], (list, tuple)) else (args[1], args[1])
+    return _written(args, out) * int(height) * int(width)
+
+
+#: FLOPs of operators that compute, but neither multiply matrices nor work pointwise, from arguments and result.
+RULES: dict[str, Callable[[Any, Any], int]] = {
+    **dict.fromkeys(("mean", "sum", "amax", "amin", "max", "min", "argmax", "prod", "var", "std", "var_mean"), _read),
+    **dict.fromkeys(("_adaptive_avg_pool2d", "adaptive_max_pool2d", "_adaptive_avg_pool3d", "cumsum", "norm"), _read),
+    **dict.fromkeys(("linalg_vector_norm", "sort", "topk", "any", "all"), _read),
+    **dict.fromkeys(("avg_pool2d", "max_pool2d_with_indices"), _window),
+    # normalised by running statistics: one multiplication and one addition
+    **dict.fromkeys(("native_batch_norm", "_native_batch_norm_legit_no_training", "cudnn_batch_norm"), _per_element(2)),
+    # statistics (2), normalisation (2), scale and shift (2)
+    **dict.fromkeys(("native_layer_norm", "native_group_norm"), _per_element(6)),
+    # maximum, difference, exponential, sum, quotient
+    **dict.fromkeys(("_softmax", "_log_softmax"), _per_element(5)),
+    "upsample_bilinear2d": _per_element(7),
+    "upsample_bicubic2d": _per_element(39),
+    "grid_sampler_2d": _per_element(7),
+}
+#: Pointwise operators that PyTorch does not tag as such.
+POINTWISE = frozenset({"hardswish_", "hardsigmoid_", "hardtanh_", "leaky_relu_", "elu_", "silu_", "relu6", "prelu", "mish_"})
+#: Operators that only move, make or describe data.
+FREE = frozenset(
+    "clone copy_ _to_copy contiguous cat stack empty empty_like empty_strided new_empty new_zeros new_ones new_full zeros ones "
+    "zeros_like ones_like full full_like arange linspace scalar_tensor lift_fresh lift_fresh_copy index index_put index_put_ "
+    "index_select gather scatter scatter_ embedding constant_pad_nd reflection_pad2d replication_pad2d roll repeat flip fill_ "
+    "zero_ rand rand_like randn randn_like bernoulli_ upsample_nearest2d channel_shuffle native_channel_shuffle im2col nonzero "
+    "device native_dropout _local_scalar_dense resolve_conj resolve_neg is_same_size equal _unsafe_view meshgrid tril triu".split()
+)

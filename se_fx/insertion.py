@@ -1,0 +1,189 @@
+"""Insertion: the pass that edits a graph, and the assembly of a rewritten model. Knows nothing of policies."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.fx.passes.infra.pass_base import PassBase, PassResult
+
+from se_fx.capture import Capture, Region, Tracer
+from se_fx.errors import SqueezeExciteError
+from se_fx.regions import Inserted, add_constants, clone, restore_code, run_graphs, view
+
+__all__ = ["CONTAINER", "InsertBlocks", "Insertion", "attach", "detach", "insert"]
+
+#: The child of a region that holds the blocks inserted there, and of a lone Conv2d that is its block.
+CONTAINER = "squeeze_excite"
+
+
+@dataclass(frozen=True)
+class Insertion:
+    """One block to insert in a region.
+
+    Attributes:
+        name: the block's name in the region's container of blocks.
+        block: the module that scales the values.
+        nodes: the values to scale in each graph, by `training`. Empty for a lone Conv2d.
+    """
+
+    name: str
+    block: nn.Module
+    nodes: Mapping[bool, tuple[fx.Node, ...]]
+
+
+class InsertBlocks(PassBase):
+    """Inserts a `call_module` after each given node and has all the node's users read it.
+
+    Args:
+        blocks: for each block its target in the graph module, the module, and the nodes whose values it scales.
+    """
+
+    def __init__(self, blocks: Iterable[tuple[str, nn.Module, tuple[fx.Node, ...]]]) -> None:
+        self.blocks = tuple(blocks)
+
+    def requires(self, graph_module: fx.GraphModule) -> None:
+        """Check that every node belongs to this graph.
+
+        Raises:
+            SqueezeExciteError: one doesn't.
+        """
+        present = set(graph_module.graph.nodes)
+        for target, _, nodes in self.blocks:
+            for node in nodes:
+                if node not in present:
+                    raise SqueezeExciteError(f"block {target!r}: the node {node.name!r} is not in this graph")
+
+    def call(self, graph_module: fx.GraphModule) -> PassResult:
+        """Edit `graph_module` in place."""
+        graph = graph_module.graph
+        for target, block, nodes in self.blocks:
+            graph_module.add_submodule(target, block)
+            for node in nodes:
+                with graph.inserting_after(node):
+                    scaled = graph.call_module(target, (node,))
+                node.replace_all_uses_with(scaled, delete_user_cb=lambda user, scaled=scaled: user is not scaled)
+                scaled.meta["nn_module_stack"] = {
+                    **node.meta.get("nn_module_stack", {}),
+                    target: (target, type(block)),
+                }
+                if "stack_trace" in node.meta:
+                    scaled.meta["stack_trace"] = node.meta["stack_trace"]
+        graph.lint()
+        graph_module.recompile()
+        return PassResult(graph_module, bool(self.blocks))
+
+
+# ------------------------------------------------------------------------------------------------------------- assembly
+def insert(capture: Capture, insertions: Mapping[str, list[Insertion]]) -> nn.Module:
+    """A copy of the captured model that shares its tensors, with `insertions` (by region path) made.
+
+    The root is an `fx.GraphModule` where it was captured as a graph, of the model's own class otherwise.
+    """
+    model = clone(capture.model)
+    for region in capture.regions:
+        module = model.get_submodule(region.path)
+        chosen = insertions.get(region.path, [])
+        if region.graphs is None:
+            for insertion in chosen:
+                attach(module, insertion.block)
+        elif chosen or not region.path:
+            _rewrite(module, region, chosen)
+    return model
+
+
+def _rewrite(module: nn.Module, region: Region, insertions: list[Insertion]) -> None:
+    assert region.graphs is not None
+    restore_code(module)
+    add_constants(module, region.constants)
+    container = _container(module) if insertions else CONTAINER
+    views: dict[fx.Graph, fx.GraphModule] = {}
+    for training, graph in region.graphs.items():
+        if graph in views:
+            continue
+        copied, twin = _copied(graph)
+        views[graph] = view(module, copied)
+        InsertBlocks(
+            (f"{container}.{each.name}", each.block, tuple(twin[node] for node in each.nodes.get(training, ())))
+            for each in insertions
+        )(views[graph])
+    for each in insertions:
+        inserted = module.get_submodule(container)
+        assert isinstance(inserted, Inserted)
+        inserted.add(each.name, each.block)
+    by_mode = {training: views[graph] for training, graph in region.graphs.items()}
+    run_graphs(module, by_mode, as_graph_module=not region.path)
+
+
+def _copied(graph: fx.Graph) -> tuple[fx.Graph, dict[fx.Node, fx.Node]]:
+    copied = fx.Graph(tracer_cls=Tracer)
+    twin: dict[fx.Node, Any] = {}
+    output = copied.graph_copy(graph, twin, return_output_node=True)
+    assert isinstance(output, tuple)
+    value, original = output
+    twin[original] = copied.output(value, type_expr=original.type)
+    copied._codegen = graph._codegen
+    return copied, twin
+
+
+def _container(module: nn.Module) -> str:
+    """The name of the module's container of blocks, which is made if there is none."""
+    for name in itertools.chain([CONTAINER], (f"se_fx{i}.{CONTAINER}" for i in itertools.count())):
+        try:
+            found: Any = module.get_submodule(name)
+        except AttributeError:
+            if hasattr(module, name.partition(".")[0]):
+                continue
+            outer, _, last = name.rpartition(".")
+            if outer:
+                module.add_module(outer, nn.Module())
+            module.get_submodule(outer).add_module(last, Inserted())
+            return name
+        if isinstance(found, Inserted):
+            return name
+    raise AssertionError("unreachable")
+
+
+def blocks_of(model: nn.Module) -> dict[str, str]:
+    """The qualified names of all inserted blocks in a rewritten model, by the qualified names of their sites."""
+    found: dict[str, str] = {}
+    for path, module in model.named_modules():
+        if isinstance(module, Inserted):
+            region = re.sub(rf"(^|\.)(se_fx\d+\.)?{CONTAINER}$", "", path)
+            found.update({f"{region}.{name}".lstrip("."): f"{path}.{name}" for name in module.names})
+        elif _excite in module._forward_hooks.values():
+            found[path] = f"{path}.{CONTAINER}".lstrip(".")
+    return found
+
+
+def withdraw(module: nn.Module) -> None:
+    """Undo what `insert` or `attach` did to one module, in place. Nothing to do for other modules."""
+    detach(module)
+    restore_code(module)
+    for name, child in list(module._modules.items()):
+        if isinstance(child, Inserted) or (child and any(isinstance(inner, Inserted) for inner in child.children()) and re.fullmatch(r"se_fx\d+", name)):
+            del module._modules[name]
+
+
+# ------------------------------------------------------------------------------------------------------------ lone convs
+def attach(conv: nn.Module, block: nn.Module) -> None:
+    """Scale what `conv` returns by `block`, wherever it is called from, in place. The conv keeps its class and keys."""
+    conv.add_module(CONTAINER, block)
+    conv.register_forward_hook(_excite)
+
+
+def detach(conv: nn.Module) -> None:
+    """Undo `attach`, in place. Nothing to do for other modules."""
+    for key, hook in list(conv._forward_hooks.items()):
+        if hook is _excite:
+            del conv._forward_hooks[key]
+            del conv._modules[CONTAINER]
+
+
+def _excite(conv: nn.Module, args: Any, output: Tensor) -> Tensor:
+    return conv.get_submodule(CONTAINER)(output)  # type: ignore[no-any-return]

@@ -1,0 +1,58 @@
+"""New parameters for optimizers that are in use already."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
+
+from se_fx.errors import SqueezeExciteError
+
+__all__ = ["Joining", "as_optimizers"]
+
+
+def as_optimizers(optimizers: Any) -> tuple[Optimizer, ...]:
+    """One optimizer, several, or None as a tuple.
+
+    Raises:
+        SqueezeExciteError: something else.
+    """
+    given = () if optimizers is None else (optimizers,) if isinstance(optimizers, Optimizer) else optimizers
+    given = tuple(given) if isinstance(given, Iterable) else (given,)
+    for optimizer in given:
+        if not isinstance(optimizer, Optimizer):
+            raise SqueezeExciteError(
+                f"optimizers: expected a torch.optim.Optimizer, or several, and got {type(optimizer).__name__}"
+            )
+    return given
+
+
+class Joining:
+    """Decides which parameter group each new module's parameters join, and does it when all else has succeeded.
+
+    They join the group that holds a parameter of the module they belong to; where none does, the first group of the
+    first optimizer.
+
+    Args:
+        optimizers: the optimizers.
+        pairs: a module that is there already, and the new one that belongs to it.
+    """
+
+    def __init__(self, optimizers: Sequence[Optimizer], pairs: Iterable[tuple[nn.Module, nn.Module]]) -> None:
+        self.joins: list[tuple[Optimizer, dict[str, Any], list[nn.Parameter]]] = []
+        groups = [(optimizer, group) for optimizer in optimizers for group in optimizer.param_groups]
+        homes = {id(parameter): home for home in reversed(groups) for parameter in home[1]["params"]}
+        for old, new in pairs if groups else ():
+            home = next((homes[id(p)] for p in old.parameters() if id(p) in homes), groups[0])
+            self.joins.append((*home, list(new.parameters())))
+
+    def apply(self) -> None:
+        """Let them join."""
+        for optimizer, group, parameters in self.joins:
+            group["params"].extend(parameters)
+            if type(optimizer).__module__.startswith("torch.optim") and optimizer.state:
+                # Some (Adagrad) make a parameter's state when they are constructed, not in the first step.
+                settings = {name: group[name] for name in optimizer.defaults if name in group}
+                optimizer.state.update(type(optimizer)(parameters, **settings).state)

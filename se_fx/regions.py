@@ -1,0 +1,325 @@
+"""Modules that run captured graphs in place of their own code, and copies of module trees that share tensors.
+
+A *region* is a module whose `forward` runs one `torch.fx.Graph` in training and one in evaluation (often the same
+one). All else about it stays: children, parameters, buffers, hooks, plain attributes. A region at the root of a model is
+an `fx.GraphModule`; any other keeps its own class as a base, so that code around it goes on reading its attributes.
+"""
+
+from __future__ import annotations
+
+import collections
+import copy
+import functools
+import types
+import weakref
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+__all__ = [
+    "GraphRegion",
+    "Inserted",
+    "add_constants",
+    "clone",
+    "constants_of",
+    "graphs_of",
+    "own_class",
+    "restore_code",
+    "run_graphs",
+    "view",
+]
+
+Forward = Callable[..., Any]
+
+
+# ---------------------------------------------------------------------------------------------------------------- clone
+def clone(model: nn.Module) -> nn.Module:
+    """A copy of the module tree in which only the tensors, and objects se_fx can't look into, are shared.
+
+    Every module is a new object of the same class. Parameters and buffers are the very same objects. Lists, dicts and
+    other built-in containers are copied, and references to the model's modules within them (bound methods and
+    `functools.partial` too, which is what hooks often are) point into the copy.
+
+    >>> linear = nn.Linear(2, 2)
+    >>> copied = clone(linear)
+    >>> copied is linear, copied.weight is linear.weight
+    (False, True)
+    """
+    shells: dict[int, Any] = {
+        id(module): _shell(module) for module in model.modules() if not isinstance(module, torch.jit.ScriptModule)
+    }
+    originals = list(model.modules())  # alive for as long as their ids are keys
+    for module in originals:
+        if id(module) in shells:
+            _fill(module, shells[id(module)], shells)
+    return shells.get(id(model), model)  # type: ignore[no-any-return]
+
+
+def _shell(module: nn.Module) -> nn.Module:
+    return object.__new__(type(module))
+
+
+def _fill(module: nn.Module, shell: nn.Module, memo: dict[int, Any]) -> None:
+    for name, value in module.__dict__.items():
+        shell.__dict__[name] = value if name in ("_graph", "_graphs") else _carry(value, memo)
+    if isinstance(module, fx.GraphModule) and not isinstance(module, _Region):
+        # fx keeps one class per GraphModule, since the class holds the generated code.
+        fresh = fx.GraphModule(nn.Module(), fx.Graph(), type(module).__name__)
+        shell.__class__ = type(fresh)
+        shell.graph = copy.deepcopy(module.graph)  # type: ignore[assignment]
+
+
+def _carry(value: Any, memo: dict[int, Any]) -> Any:
+    """`value` with the modules in `memo` exchanged, built-in containers copied, all else shared."""
+    if id(value) in memo:
+        return memo[id(value)]
+    kind = type(value)
+    if kind in (dict, collections.OrderedDict):
+        memo[id(value)] = result = kind()
+        result.update((key, _carry(item, memo)) for key, item in value.items())
+        return result
+    if kind is list:
+        memo[id(value)] = result = []
+        result.extend(_carry(item, memo) for item in value)
+        return result
+    if kind in (set, collections.deque, collections.defaultdict):
+        memo[id(value)] = result = copy.copy(value)
+        if kind is not set:
+            for key in list(range(len(result)) if kind is collections.deque else result):
+                result[key] = _carry(result[key], memo)
+        return result
+    if kind is tuple:
+        items = tuple(_carry(item, memo) for item in value)
+        return items if any(a is not b for a, b in zip(items, value, strict=True)) else value
+    if kind is types.MethodType:
+        owner = _carry(value.__self__, memo)
+        return value if owner is value.__self__ else types.MethodType(value.__func__, owner)
+    if kind is functools.partial:
+        return functools.partial(
+            _carry(value.func, memo), *_carry(value.args, memo), **{k: _carry(v, memo) for k, v in value.keywords.items()}
+        )
+    if kind is weakref.ref and id(value()) in memo:
+        return weakref.ref(memo[id(value())])
+    return value
+
+
+# -------------------------------------------------------------------------------------------------------------- regions
+class Inserted(nn.Module):
+    """Holds the modules that a pass has inserted into a region. They are no part of the model: capture never enters them.
+
+    Attributes:
+        names: their dotted names.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def add(self, name: str, module: nn.Module) -> None:
+        """Hold `module` under a dotted name."""
+        *path, last = name.split(".")
+        inner: nn.Module = self
+        for part in path:
+            inner._modules.setdefault(part, nn.Module())
+            inner = inner.get_submodule(part)
+        inner._modules[last] = module
+        self.names.append(name)
+
+
+def view(module: nn.Module, graph: fx.Graph) -> fx.GraphModule:
+    """A plain `fx.GraphModule` of `graph` over the children and tensors of `module`, for passes to work on."""
+    return fx.GraphModule(module, graph, own_class(module).__name__)
+
+
+def graphs_of(module: nn.Module) -> dict[bool, fx.Graph] | None:
+    """The graphs `module` runs, by `training`; None where it is no region."""
+    return module.__dict__.get("_graphs") if isinstance(module, _Region) else None
+
+
+def add_constants(module: nn.Module, constants: Mapping[str, Tensor]) -> None:
+    """Give `module` the tensors its graphs refer to: buffers that move with it, but are in no state_dict."""
+    for name, constant in constants.items():
+        module.register_buffer(name, constant, persistent=False)
+    if constants:
+        module.__dict__["_constants"] = tuple(constants)
+
+
+def constants_of(module: nn.Module) -> dict[str, Tensor]:
+    """What `add_constants` has given `module`."""
+    return {name: module.get_buffer(name) for name in module.__dict__.get("_constants", ())}
+
+
+def own_class(module: nn.Module) -> type[nn.Module]:
+    """The class `module` had before it became a region, or has, where it is none."""
+    return module._own_class if isinstance(module, _Region) else type(module)
+
+
+def run_graphs(module: nn.Module, views: Mapping[bool, fx.GraphModule], *, as_graph_module: bool) -> None:
+    """Make `module` a region, in place: from now on its `forward` runs the graphs of `views`.
+
+    Args:
+        module: the module the graphs were captured from, or a clone of it; no region itself.
+        views: the `view` to run by `training`; one object under both keys where the modes agree.
+        as_graph_module: become an `fx.GraphModule`, instead of a subclass of the module's own class.
+    """
+    own = type(module)
+    graphs = {training: views[training].graph for training in (True, False)}
+    if as_graph_module:
+        shell = _empty_graph_region(own, module.__dict__.get("_graph"))
+        type(shell)._added = tuple(name for name in shell.__dict__ if name not in module.__dict__)
+        module.__dict__.update({name: shell.__dict__[name] for name in type(shell)._added})
+        module.__dict__.update(_graphs=graphs, _graph=graphs[module.training])
+        module.__class__ = type(shell)
+        module.recompile()  # type: ignore[operator]
+    else:
+        module.__dict__["_graphs"] = graphs
+        module.__class__ = _region_class(own, {training: type(views[training]).forward for training in (True, False)})
+
+
+def restore_code(module: nn.Module) -> None:
+    """Undo `run_graphs`, in place: `module` runs the code of its own class again. Nothing to do for other modules."""
+    if not isinstance(module, _Region):
+        return
+    region = type(module)
+    module.__class__ = region._own_class
+    for name in constants_of(module):
+        delattr(module, name)
+    for name in (*region._added, "_graphs", "_constants"):
+        module.__dict__.pop(name, None)
+    if isinstance(module, fx.GraphModule):
+        module.__dict__["_graph"] = region._own_graph
+        module.recompile()
+
+
+def _by_mode(forwards: Mapping[bool, Forward]) -> Forward:
+    train, evaluate = forwards[True], forwards[False]
+    if train is evaluate:
+        return train
+
+    @functools.wraps(evaluate)
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        # A plain branch on `training`: torch.compile guards on it, and compiles each mode once.
+        if self.training:
+            return train(self, *args, **kwargs)
+        return evaluate(self, *args, **kwargs)
+
+    return forward
+
+
+class _Region:
+    """What regions of both kinds do alike: copy and pickle whole, hooks and attributes included."""
+
+    _own_class: type[nn.Module]
+    _own_graph: fx.Graph | None = None  # of a module that was an fx.GraphModule before
+    _added: tuple[str, ...] = ()  # attributes that only an fx.GraphModule needs
+
+    def __copy__(self) -> Any:
+        return self._copied(self.__dict__)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        memo[id(self)] = copied = object.__new__(type(self))
+        return self._copied({name: copy.deepcopy(value, memo) for name, value in self.__dict__.items()}, copied)
+
+    def _copied(self, attributes: Mapping[str, Any], copied: Any = None) -> Any:
+        copied = object.__new__(type(self)) if copied is None else copied
+        copied.__dict__.update(attributes)
+        return copied
+
+    def __reduce__(self) -> Any:
+        return self.__reduce_ex__(2)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # Graphs have no stable pickled form; fx pickles their generated code, and traces that again on loading.
+        module: nn.Module = self  # type: ignore[assignment]
+        graphs = self.__dict__["_graphs"]
+        views = {graph: view(module, graph) for graph in set(graphs.values())}
+        state = {
+            "attributes": {name: value for name, value in self.__dict__.items() if name not in ("_graphs", "_graph")},
+            "added": self._added,
+            "views": {training: views[graph] for training, graph in graphs.items()},
+            "own": view(module, self._own_graph) if self._own_graph else None,
+        }
+        own = fx.GraphModule if self._own_graph else self._own_class
+        return _unpickled, (own, isinstance(self, fx.GraphModule)), state
+
+    def __setstate__(self, state: Any) -> None:
+        module: nn.Module = self  # type: ignore[assignment]
+        as_graph_module, own = isinstance(self, fx.GraphModule), self._own_class
+        module.__dict__.clear()
+        module.__dict__.update(state["attributes"])
+        module.__class__ = own if state["own"] is None else type(state["own"])
+        if state["own"] is not None:
+            module.__dict__["_graph"] = state["own"].graph
+        run_graphs(module, state["views"], as_graph_module=as_graph_module)
+        type(module)._added = state["added"]  # type: ignore[attr-defined]
+
+
+def _unpickled(own: type[nn.Module], as_graph_module: bool) -> nn.Module:
+    """A region of the right class for pickle to give its state to."""
+    kind = type(_empty_graph_region(own, None)) if as_graph_module else _region_class(own, dict.fromkeys((True, False), own.forward))
+    return object.__new__(kind)
+
+
+def _empty_graph_region(own: type[nn.Module], own_graph: fx.Graph | None) -> GraphRegion:
+    # A class of its own for each instance, as fx has it: generated code is a method.
+    region = GraphRegion(nn.Module(), fx.Graph(), own.__name__)
+    type(region)._own_class, type(region)._own_graph = own, own_graph
+    return region
+
+
+def _region_class(own: type[nn.Module], forwards: Mapping[bool, Forward]) -> type[nn.Module]:
+    body = {
+        "__doc__": own.__doc__,
+        "__module__": own.__module__,
+        "__qualname__": own.__qualname__,
+        "_own_class": own,
+        "forward": _by_mode(forwards),
+    }
+    return type(own.__name__, (_Region, own), body)
+
+
+class GraphRegion(_Region, fx.GraphModule):
+    """An `fx.GraphModule` that runs one graph in training and one in evaluation, which may be the same.
+
+    `graph` is that of the current mode. Calling `recompile()` after an edit takes up the edits of both.
+    """
+
+    def _copied(self, attributes: Mapping[str, Any], copied: Any = None) -> Any:
+        copied = super()._copied(attributes, copied)
+        fresh = _empty_graph_region(self._own_class, self._own_graph)
+        type(fresh)._added = self._added
+        copied.__class__ = type(fresh)
+        copied.recompile()
+        return copied
+
+    @property
+    def graph(self) -> fx.Graph:
+        """The graph of the current mode."""
+        graphs = self.__dict__.get("_graphs")
+        return graphs[self.training] if graphs else self._graph
+
+    @graph.setter
+    def graph(self, graph: fx.Graph) -> None:
+        graphs = self.__dict__.get("_graphs")
+        if graphs:
+            same = graphs[True] is graphs[False]
+            graphs.update(dict.fromkeys((True, False) if same else (self.training,), graph))
+        self._graph = graph
+        graph.owning_module = self
+        self.recompile()
+
+    def recompile(self) -> Any:
+        """Generate the code of both modes' graphs anew."""
+        graphs = self.__dict__.get("_graphs", {False: self._graph})
+        forwards: dict[fx.Graph, Forward] = {}
+        code = None
+        for graph in (graphs[training] for training in sorted(graphs, key=lambda mode: mode == self.training)):
+            if graph not in forwards:
+                self._graph = graph
+                graph.owning_module = self
+                code = super().recompile()
+                forwards[graph] = type(self).forward
+        type(self).forward = _by_mode({mode: forwards[graphs.get(mode, self._graph)] for mode in (True, False)})  # type: ignore[method-assign]
+        return code

@@ -1,0 +1,274 @@
+"""The pipeline, end to end: capture, plan, insert, report; and back."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from se_fx.capture import capture
+from se_fx.cost import Cost, Measurement, measure
+from se_fx.errors import SqueezeExciteError
+from se_fx.insertion import attach, blocks_of, insert, withdraw
+from se_fx.optimizers import Joining, as_optimizers
+from se_fx.plan import Options, Plan, Where, choose, give_plan, locate, new_block, plan_of
+from se_fx.regions import clone, graphs_of, own_class
+from se_fx.report import Report
+
+__all__ = ["apply_squeeze_excite", "plan", "remove", "report", "transform"]
+
+
+def transform(
+    model: nn.Module,
+    plan: Plan | None = None,
+    *,
+    example_inputs: Any = None,
+    min_channels: int | str = 128,
+    latent_channels: float = 64,
+    placement: str = "conv",
+    init: str = "default",
+    bias: bool = False,
+    activation: str = "relu",
+    gate: str = "sigmoid",
+    where: Where = None,
+    **unknown: Any,
+) -> nn.Module:
+    """A copy of `model` with Squeeze-and-Excitation blocks after its Conv2d layers.
+
+    The copy shares the model's parameters and buffers; the model itself is left as it is. It is an
+    `torch.fx.GraphModule` where the whole model can be traced, else of the model's own class with graphs inside. New
+    parameters are on the device and of the dtype of the conv before them, under keys with a component
+    ``squeeze_excite``.
+
+    Args:
+        model: any module with `nn.Conv2d` layers, not yet compiled, scripted or wrapped for distribution.
+        plan: sites chosen before, to be used instead of all options below.
+        example_inputs: a tensor, a tuple of positional or a dict of keyword arguments; they make the plan that the
+            result carries show spatial sizes and costs. Nothing is computed on them, unless the model's code needs values.
+        min_channels: a Conv2d gets a block where it has at least as many *output* channels; "auto" means 512, or
+            the largest count there is, if that is less.
+        latent_channels: hidden width of the blocks (int >= 1), or a fraction in (0, 1) of the channels.
+        placement: where a block goes; "conv" is directly after the conv.
+        init: "default", or "identity": gates are exactly 1.0 until training moves them, so outputs stay bitwise equal.
+        bias: whether the blocks' linear layers have biases.
+        activation: the blocks' hidden activation, "relu", "silu" or "gelu".
+        gate: the blocks' gate function, "sigmoid" or "hardsigmoid".
+        where: which convs: a predicate ``(name, module) -> bool``, or glob patterns of qualified names, those that
+            begin with "!" excluding.
+
+    Raises:
+        SqueezeExciteError: an argument is not what is expected, or the plan does not fit the model.
+
+    Source: Hu, Shen, Sun, *Squeeze-and-Excitation Networks*, arXiv 1709.01507.
+
+    >>> net = nn.Sequential(nn.Conv2d(3, 256, 3), nn.ReLU())
+    >>> [key for key in transform(net).state_dict() if key not in net.state_dict()]
+    ['squeeze_excite.0.fc1.weight', 'squeeze_excite.0.fc2.weight']
+    """
+    options = _options(
+        unknown,
+        min_channels=min_channels,
+        latent_channels=latent_channels,
+        placement=placement,
+        init=init,
+        bias=bias,
+        activation=activation,
+        gate=gate,
+        where=where,
+    )
+    _check_alone(plan, options)
+    captured = capture(model)
+    chosen = choose(captured, options) if plan is None else plan
+    rewritten = insert(captured, locate(captured, chosen))
+    give_plan(rewritten, _joined(plan_of(model), chosen))
+    if example_inputs is not None:
+        give_plan(rewritten, _costed(rewritten, example_inputs)[0])
+    return rewritten
+
+
+def plan(
+    model: nn.Module,
+    *,
+    example_inputs: Any = None,
+    min_channels: int | str = 128,
+    latent_channels: float = 64,
+    placement: str = "conv",
+    init: str = "default",
+    bias: bool = False,
+    activation: str = "relu",
+    gate: str = "sigmoid",
+    where: Where = None,
+    **unknown: Any,
+) -> Plan:
+    """What `transform` would do, with nothing changed. Takes the same options.
+
+    With `example_inputs`, every site shows its spatial size and cost; nothing is computed for that.
+
+    >>> print(plan(nn.Sequential(nn.Conv2d(3, 256, 3), nn.ReLU()), example_inputs=torch.zeros(1, 3, 8, 8)))
+    1 site, 0 skipped
+    conv      channels    hidden  spatial      parameters    MACs
+    ------  ----------  --------  ---------  ------------  ------
+    0              256        64  6x6              32,768  32,768
+    """
+    options = _options(
+        unknown,
+        min_channels=min_channels,
+        latent_channels=latent_channels,
+        placement=placement,
+        init=init,
+        bias=bias,
+        activation=activation,
+        gate=gate,
+        where=where,
+    )
+    captured = capture(model)
+    chosen = choose(captured, options)
+    if example_inputs is None:
+        return chosen
+    trial = insert(captured, locate(captured, chosen, device=torch.device("meta")))
+    give_plan(trial, chosen)
+    return _costed(trial, example_inputs)[0]
+
+
+def report(rewritten: nn.Module, example_inputs: Any = None) -> Report:
+    """What `transform` (or `apply_squeeze_excite`) did to a model, and what that costs.
+
+    Args:
+        rewritten: what `transform` returned, or a copy of it.
+        example_inputs: a tensor, a tuple of positional or a dict of keyword arguments. With them, MACs, FLOPs, bytes and
+            spatial sizes are counted on fake tensors; without, parameters alone.
+
+    Raises:
+        SqueezeExciteError: the model isn't a rewritten one, or can't be called with `example_inputs`.
+    """
+    known = _plan_of(rewritten, "report")
+    everything = Measurement(total=Cost(params=sum(parameter.numel() for parameter in rewritten.parameters())))
+    if example_inputs is not None:
+        known, everything = _costed(rewritten, example_inputs)
+    return Report(
+        model=own_class(rewritten).__name__,
+        sites=known.sites,
+        skipped=known.skipped,
+        base=everything.total - known.added,
+        added=known.added,
+        measured=example_inputs is not None,
+        opaque=known.opaque,
+        regions=tuple(name for name, module in rewritten.named_modules() if graphs_of(module) is not None),
+        uncounted=tuple(everything.uncounted.most_common()),
+    )
+
+
+def remove(rewritten: nn.Module) -> nn.Module:
+    """The original back: a copy of `rewritten` without blocks, of the original class, with the same keys and tensors.
+
+    Raises:
+        SqueezeExciteError: the model isn't a rewritten one.
+
+    >>> net = nn.Sequential(nn.Conv2d(3, 256, 3), nn.ReLU())
+    >>> print(remove(transform(net)))
+    Sequential(
+      (0): Conv2d(3, 256, kernel_size=(3, 3), stride=(1, 1))
+      (1): ReLU()
+    )
+    """
+    _plan_of(rewritten, "remove")
+    model = clone(rewritten)
+    for module in list(model.modules()):
+        withdraw(module)
+    give_plan(model, None)
+    return model
+
+
+def apply_squeeze_excite(
+    model: nn.Module,
+    latent_channels: float = 64,
+    min_channels: int | str = 128,
+    optimizers: Optimizer | Iterable[Optimizer] | None = None,
+) -> None:
+    """Put Squeeze-and-Excitation blocks after the Conv2d layers of `model`, in place.
+
+    The model keeps its class, methods, submodules and Parameter objects. Each block hangs on its conv, as
+    ``conv.squeeze_excite``, and so works whatever code calls the conv. A second call adds nothing.
+
+    Args:
+        model: any module with `nn.Conv2d` layers, not yet compiled, scripted or wrapped for distribution.
+        latent_channels: hidden width of the blocks (int >= 1), or a fraction in (0, 1) of the channels.
+        min_channels: a Conv2d gets a block where it has at least as many *output* channels, or "auto".
+        optimizers: one or several; a block's parameters join the parameter group that holds its conv's, or, where
+            none does (a frozen conv), the first group of the first optimizer. State gathered so far is kept.
+
+    Raises:
+        SqueezeExciteError: an argument is not what is expected; then nothing has been changed.
+
+    The interface is that of MosaicML Composer's `apply_squeeze_excite`.
+    """
+    options = Options(min_channels=min_channels, latent_channels=latent_channels)
+    chosen_optimizers = as_optimizers(optimizers)
+    captured = capture(model)
+    chosen = choose(captured, options)
+    convs = {site.name: model.get_submodule(site.name) for site in chosen.sites}
+    blocks = {site.name: new_block(site, convs[site.name]) for site in chosen.sites}
+    join = Joining(chosen_optimizers, [(convs[name], block) for name, block in blocks.items()])
+    for name, block in blocks.items():
+        attach(convs[name], block)
+    join.apply()
+    give_plan(model, _joined(plan_of(model), chosen))
+
+
+# --------------------------------------------------------------------------------------------------------------- helpers
+def _options(unknown: dict[str, Any], **options: Any) -> Options:
+    for name in unknown:
+        close = difflib.get_close_matches(name, options, n=1)
+        hint = f"did you mean {close[0]!r}?" if close else f"expected one of {', '.join(map(repr, options))}"
+        raise SqueezeExciteError(f"{name}: there is no such option; {hint}")
+    return Options(**options)
+
+
+def _check_alone(plan: Any, options: Options) -> None:
+    if plan is None:
+        return
+    if not isinstance(plan, Plan):
+        raise SqueezeExciteError(
+            f"plan={type(plan).__name__}: expected a Plan, as se_fx.plan() or Plan.from_dict() returns; options go by keyword"
+        )
+    changed = [f.name for f in dataclasses.fields(options) if getattr(options, f.name) != f.default]
+    if changed:
+        raise SqueezeExciteError(f"{changed[0]}: a plan fixes all options already; pass either plan= or options")
+
+
+def _joined(earlier: Plan | None, chosen: Plan) -> Plan:
+    if earlier is None:
+        return chosen
+    known = {site.name for site in earlier.sites}
+    return dataclasses.replace(
+        chosen,
+        sites=(*earlier.sites, *chosen.sites),
+        skipped=tuple(skip for skip in chosen.skipped if skip.name not in known),
+    )
+
+
+def _plan_of(model: Any, function: str) -> Plan:
+    found = plan_of(model) if isinstance(model, nn.Module) else None
+    if found is None:
+        raise SqueezeExciteError(
+            f"{function}: expected a model that se_fx has rewritten, and got {type(model).__name__}; call se_fx.transform first"
+        )
+    return found
+
+
+def _costed(rewritten: nn.Module, example_inputs: Any) -> tuple[Plan, Measurement]:
+    """The plan that `rewritten` carries with sizes and costs, and the measurement they come from."""
+    known = _plan_of(rewritten, "report")
+    measurement = measure(rewritten, example_inputs, blocks_of(rewritten))
+    sites = []
+    for site in known.sites:
+        shape = measurement.shapes.get(site.name)
+        spatial = (shape[-2], shape[-1]) if shape else None
+        sites.append(dataclasses.replace(site, spatial=spatial, cost=measurement.parts.get(site.name, site.cost)))
+    base = measurement.total - sum((site.cost for site in sites), Cost())
+    return dataclasses.replace(known, sites=tuple(sites), base=base), measurement
