@@ -1,0 +1,237 @@
+"""Transforms every model of a zoo that has a Conv2d, and checks that nothing about it changed.
+
+For each model: `se_fx.transform(model, init="identity")` with a block after every conv that may have one; then, on a small
+random input, whether the outputs are bitwise those of the original, whether all its keys are there with the very same
+Parameter objects, and whether there is a block. Weights are noise: what a model computes doesn't matter here.
+
+    python examples/zoo.py timm                       # all of timm's conv models, a table on standard output
+    python examples/zoo.py timm --filter 'resnet*'    # some
+    python examples/zoo.py torchvision --train --markdown zoo.md
+"""
+
+from __future__ import annotations
+
+import argparse
+import fnmatch
+import logging
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from tabulate import tabulate
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_flatten
+from tqdm import tqdm
+
+import se_fx
+
+MEMORY_LIMIT = 8 * 2**30  # bytes of parameters
+
+
+@dataclass(frozen=True)
+class Row:
+    name: str
+    kind: str = ""
+    regions: int = 0
+    sites: int = 0
+    seconds: float = 0.0
+    result: str = ""
+
+    @property
+    def good(self) -> bool:
+        return self.result == "equal" or self.result.startswith("not run")
+
+
+class FastInit(TorchFunctionMode):
+    """Leaves out random initialisation, which for large models takes longer than all else."""
+
+    SKIPPED = {"normal_", "uniform_", "erfinv_", "kaiming_uniform_", "kaiming_normal_", "xavier_uniform_", "xavier_normal_"}
+    SKIPPED |= {"trunc_normal_", "orthogonal_"}
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(func, "__name__", "") in self.SKIPPED:
+            return args[0] if args else (kwargs or {})["tensor"]
+        return func(*args, **(kwargs or {}))
+
+
+def with_noise(build: Callable[[], nn.Module]) -> nn.Module:
+    """A model with small random weights."""
+    with FastInit():
+        model = build()
+    noise = torch.randn(2**16, generator=torch.Generator().manual_seed(0)) * 0.05
+    for parameter in model.parameters():
+        if parameter.ndim > 1 and parameter.dtype.is_floating_point:
+            flat = parameter.data.view(-1)
+            flat.copy_(noise.repeat(flat.numel() // noise.numel() + 1)[: flat.numel()])
+    return model
+
+
+# ------------------------------------------------------------------------------------------------------------------ zoos
+def torchvision_names() -> list[str]:
+    from torchvision.models import list_models
+
+    return list_models()
+
+
+def torchvision_model(name: str) -> tuple[nn.Module, list[tuple[Any, ...]]]:
+    """A model, and inputs to try in turn, smallest first."""
+    from torchvision.models import get_model, get_model_builder
+
+    options: dict[str, Any] = {"weights": None}
+    if "weights_backbone" in get_model_builder(name).__annotations__:
+        options["weights_backbone"] = None
+    if name in ("googlenet", "inception_v3"):
+        options["init_weights"] = False
+    model = with_noise(lambda: get_model(name, **options))
+    package = type(model).__module__
+    if ".detection" in package:
+        return model, [([torch.rand(3, 64, 80), torch.rand(3, 96, 64)],)]
+    if ".optical_flow" in package:
+        return model, [(torch.rand(1, 3, 128, 128) * 2 - 1, torch.rand(1, 3, 128, 128) * 2 - 1)]
+    if ".video" in package:
+        return model, [(torch.rand(1, 3, frames, size, size),) for frames, size in ((4, 32), (16, 64), (16, 224))]
+    return model, [(torch.rand(2, 3, size, size),) for size in (32, 64, 96, 224)]
+
+
+def timm_names() -> list[str]:
+    import timm
+
+    return timm.list_models()
+
+
+def timm_model(name: str) -> tuple[nn.Module, list[tuple[Any, ...]]]:
+    """A model, and inputs to try in turn, smallest first."""
+    import timm
+
+    model = with_noise(lambda: timm.create_model(name, pretrained=False))
+    channels, *default = model.pretrained_cfg["input_size"]
+    sizes = [] if model.pretrained_cfg.get("fixed_input_size") else [(s, s) for s in (64, 96, 128) if s < default[0]]
+    return model, [*((torch.rand(2, channels, *s),) for s in sizes), (torch.rand(1, channels, *default),)]
+
+
+ZOOS = {"torchvision": (torchvision_names, torchvision_model), "timm": (timm_names, timm_model)}
+
+
+# ----------------------------------------------------------------------------------------------------------------- checks
+def same(a: Any, b: Any) -> bool:
+    """Whether two outputs are of the same structure and types, and bitwise equal; NaNs equal NaNs."""
+    (leaves, spec), (others, other_spec) = tree_flatten(a), tree_flatten(b)
+    return spec == other_spec and len(leaves) == len(others) and all(map(same_leaf, leaves, others))
+
+
+def same_leaf(a: Any, b: Any) -> bool:
+    if not isinstance(a, Tensor):
+        return bool(type(a) is type(b) and a == b)
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return False
+    return torch.equal(a, b) or torch.equal(a.nan_to_num(), b.nan_to_num()) and torch.equal(a.isnan(), b.isnan())
+
+
+def check(name: str, load: Callable[[str], tuple[nn.Module, list[tuple[Any, ...]]]], modes: tuple[bool, ...]) -> Row | None:
+    """One model's row; None for a model without Conv2d."""
+    try:
+        with torch.device("meta"):
+            size = sum(p.numel() * p.element_size() for p in load(name)[0].parameters())
+        if size > MEMORY_LIMIT:
+            return Row(name, result=f"not run: {size / 2**30:.0f} GiB of parameters")
+    except Exception:  # not all can be built on the meta device; those are small
+        pass
+    model, inputs = load(name)
+    if not any(isinstance(module, nn.Conv2d) for module in model.modules()):
+        return None
+    model.eval()
+    start = time.perf_counter()
+    rewritten = se_fx.transform(model, min_channels=1, latent_channels=4, init="identity")
+    seconds = time.perf_counter() - start
+    report = se_fx.report(rewritten)
+    kind = "graph" if "" in report.regions else "own class"
+    row = Row(name, kind, len(report.regions), len(report.sites), seconds)
+    return Row(**{**vars(row), "result": compare(model, rewritten, inputs, modes) if report.sites else "no site"})
+
+
+def compare(model: nn.Module, rewritten: nn.Module, inputs: list[tuple[Any, ...]], modes: tuple[bool, ...]) -> str:
+    state, new_state = model.state_dict(keep_vars=True), rewritten.state_dict(keep_vars=True)
+    if any(new_state.get(key) is not value for key, value in state.items()):
+        return "keys or Parameters lost"
+    if not all("squeeze_excite" in key.split(".") for key in new_state.keys() - state.keys()):
+        return "foreign keys"
+    for training in modes:
+        result = compare_outputs(model.train(training), rewritten.train(training), inputs)
+        if result != "equal":
+            return f"{result} in {'train' if training else 'eval'} mode"
+    return "equal"
+
+
+def compare_outputs(model: nn.Module, rewritten: nn.Module, inputs: list[tuple[Any, ...]]) -> str:
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    for args in inputs:
+        for name, buffer in model.named_buffers():
+            buffer.copy_(buffers[name])
+        torch.manual_seed(0)
+        try:
+            expected = model(*args)
+        except Exception as error:
+            failure = error
+            continue
+        for name, buffer in model.named_buffers():  # shared with the rewritten model
+            buffer.copy_(buffers[name])
+        torch.manual_seed(0)
+        return "equal" if same(expected, rewritten(*args)) else "differs"
+    return f"the original fails: {type(failure).__name__}: {failure}"[:100]
+
+
+def run(zoo: str, pattern: str, modes: tuple[bool, ...], progress: bool = True) -> Iterator[Row]:
+    """The rows of all models of a zoo whose name matches."""
+    names, load = ZOOS[zoo]
+    chosen = [name for name in names() if fnmatch.fnmatchcase(name, pattern)]
+    for name in (bar := tqdm(chosen, desc=zoo, disable=not progress)):
+        bar.set_postfix_str(name)
+        try:
+            with torch.no_grad(), warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                row = check(name, load, modes)
+        except Exception as error:
+            row = Row(name, result=f"{type(error).__name__}: {error}"[:160])
+        if row is not None:
+            yield row
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("zoo", choices=ZOOS)
+    parser.add_argument("--filter", default="*", metavar="GLOB", help="only models named so")
+    parser.add_argument("--train", action="store_true", help="compare in train mode too")
+    parser.add_argument("--markdown", metavar="FILE", help="write the table there too, row by row")
+    arguments = parser.parse_args()
+    logging.disable(logging.WARNING)
+    rows: list[Row] = []
+    for row in run(arguments.zoo, arguments.filter, (False, True) if arguments.train else (False,)):
+        rows.append(row)
+        if not row.good:
+            tqdm.write(f"{row.name}: {row.result}")
+        if arguments.markdown and len(rows) % 20 == 0:
+            write_markdown(arguments.markdown, rows)
+    if arguments.markdown:
+        write_markdown(arguments.markdown, rows)
+    good = sum(row.good for row in rows)
+    print(table(rows, "simple"), f"{good} of {len(rows)} as they should be", sep="\n\n")
+    return 0 if good == len(rows) else 1
+
+
+def table(rows: list[Row], form: str) -> str:
+    cells = [(r.name, r.kind, r.regions, r.sites, f"{r.seconds:.2f}", r.result) for r in rows]
+    return tabulate(cells, ["model", "result is", "graph regions", "sites", "transform, s", "outputs"], form, disable_numparse=True)
+
+
+def write_markdown(path: str, rows: list[Row]) -> None:
+    with open(path, "w", encoding="utf-8") as file:
+        file.write(table(rows, "github") + "\n")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
