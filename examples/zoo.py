@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import fnmatch
+import inspect
 import logging
 import sys
 import time
@@ -54,9 +55,12 @@ class FastInit(TorchFunctionMode):
     SKIPPED |= {"trunc_normal_", "orthogonal_"}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
         if getattr(func, "__name__", "") in self.SKIPPED:
-            return args[0] if args else (kwargs or {})["tensor"]
-        return func(*args, **(kwargs or {}))
+            tensor = args[0] if args else kwargs["tensor"]
+            if tensor.ndim > 1 and tensor.numel() > 2**16:
+                return tensor
+        return func(*args, **kwargs)
 
 
 def with_noise(build: Callable[[], nn.Module]) -> nn.Module:
@@ -65,7 +69,7 @@ def with_noise(build: Callable[[], nn.Module]) -> nn.Module:
         model = build()
     noise = torch.randn(2**16, generator=torch.Generator().manual_seed(0)) * 0.05
     for parameter in model.parameters():
-        if parameter.ndim > 1 and parameter.dtype.is_floating_point:
+        if parameter.ndim > 1 and parameter.numel() > noise.numel() and parameter.dtype.is_floating_point:
             flat = parameter.data.view(-1)
             flat.copy_(noise.repeat(flat.numel() // noise.numel() + 1)[: flat.numel()])
     return model
@@ -78,24 +82,33 @@ def torchvision_names() -> list[str]:
     return list_models()
 
 
-def torchvision_model(name: str) -> tuple[nn.Module, list[tuple[Any, ...]]]:
-    """A model, and inputs to try in turn, smallest first."""
+Attempt = tuple[Callable[[], nn.Module], tuple[Any, ...]]  # how to build a model, and what to call it with
+
+
+def torchvision_attempts(name: str) -> Iterator[Attempt]:
+    """Ways to build and call a model, cheapest first."""
     from torchvision.models import get_model, get_model_builder
 
+    builder = get_model_builder(name)
     options: dict[str, Any] = {"weights": None}
-    if "weights_backbone" in get_model_builder(name).__annotations__:
+    if "weights_backbone" in builder.__annotations__:
         options["weights_backbone"] = None
     if name in ("googlenet", "inception_v3"):
         options["init_weights"] = False
-    model = with_noise(lambda: get_model(name, **options))
-    package = type(model).__module__
+    package = builder.__module__
     if ".detection" in package:
-        return model, [([torch.rand(3, 64, 80), torch.rand(3, 96, 64)],)]
-    if ".optical_flow" in package:
-        return model, [(torch.rand(1, 3, 128, 128) * 2 - 1, torch.rand(1, 3, 128, 128) * 2 - 1)]
-    if ".video" in package:
-        return model, [(torch.rand(1, 3, frames, size, size),) for frames, size in ((4, 32), (16, 64), (16, 224))]
-    return model, [(torch.rand(2, 3, size, size),) for size in (32, 64, 96, 224)]
+        inputs: list[Any] = [([torch.rand(3, 64, 80), torch.rand(3, 96, 64)],)]
+    elif ".optical_flow" in package:
+        inputs = [(torch.rand(1, 3, 128, 128) * 2 - 1, torch.rand(1, 3, 128, 128) * 2 - 1)]
+    elif ".video" in package:
+        inputs = [(torch.rand(2, 3, frames, size, size),) for frames, size in ((4, 32), (16, 64), (16, 224))]
+    else:
+        inputs = [(torch.rand(2, 3, size, size),) for size in (32, 64, 96, 224)]
+    for args in inputs:
+        if ".vision_transformer" in package and args[0].shape[-1] % 32 == 0:
+            options["image_size"] = args[0].shape[-1] // 32 * 28 if name.endswith("14") else args[0].shape[-1]
+            args = (args[0][..., : options["image_size"], : options["image_size"]],)
+        yield (lambda chosen=dict(options): get_model(name, **chosen)), args
 
 
 def timm_names() -> list[str]:
@@ -104,17 +117,22 @@ def timm_names() -> list[str]:
     return timm.list_models()
 
 
-def timm_model(name: str) -> tuple[nn.Module, list[tuple[Any, ...]]]:
-    """A model, and inputs to try in turn, smallest first."""
+def timm_attempts(name: str) -> Iterator[Attempt]:
+    """Ways to build and call a model, cheapest first: many take an image size, others are fine with any image."""
     import timm
 
-    model = with_noise(lambda: timm.create_model(name, pretrained=False))
-    channels, *default = model.pretrained_cfg["input_size"]
-    sizes = [] if model.pretrained_cfg.get("fixed_input_size") else [(s, s) for s in (64, 96, 128) if s < default[0]]
-    return model, [*((torch.rand(2, channels, *s),) for s in sizes), (torch.rand(1, channels, *default),)]
+    with torch.device("meta"):
+        probe = timm.create_model(name, pretrained=False)
+    channels, height, width = probe.pretrained_cfg["input_size"]
+    sized = "img_size" in inspect.signature(type(probe).__init__).parameters
+    for size in (64, 112, 128):
+        if size < height and not (sized is False and probe.pretrained_cfg.get("fixed_input_size")):
+            options = {"img_size": size} if sized else {}
+            yield (lambda chosen=options: timm.create_model(name, pretrained=False, **chosen)), (torch.rand(2, channels, size, size),)
+    yield (lambda: timm.create_model(name, pretrained=False)), (torch.rand(1, channels, height, width),)
 
 
-ZOOS = {"torchvision": (torchvision_names, torchvision_model), "timm": (timm_names, timm_model)}
+ZOOS = {"torchvision": (torchvision_names, torchvision_attempts), "timm": (timm_names, timm_attempts)}
 
 
 # ----------------------------------------------------------------------------------------------------------------- checks
@@ -132,69 +150,62 @@ def same_leaf(a: Any, b: Any) -> bool:
     return torch.equal(a, b) or torch.equal(a.nan_to_num(), b.nan_to_num()) and torch.equal(a.isnan(), b.isnan())
 
 
-def check(name: str, load: Callable[[str], tuple[nn.Module, list[tuple[Any, ...]]]], modes: tuple[bool, ...]) -> Row | None:
+def check(name: str, attempts: Callable[[str], Iterator[Attempt]], modes: tuple[bool, ...]) -> Row | None:
     """One model's row; None for a model without Conv2d."""
-    try:
-        with torch.device("meta"):
-            size = sum(p.numel() * p.element_size() for p in load(name)[0].parameters())
-        if size > MEMORY_LIMIT:
-            return Row(name, result=f"not run: {size / 2**30:.0f} GiB of parameters")
-    except Exception:  # not all can be built on the meta device; those are small
-        pass
-    model, inputs = load(name)
-    if not any(isinstance(module, nn.Conv2d) for module in model.modules()):
-        return None
-    model.eval()
-    start = time.perf_counter()
-    rewritten = se_fx.transform(model, min_channels=1, latent_channels=4, init="identity")
-    seconds = time.perf_counter() - start
-    report = se_fx.report(rewritten)
-    kind = "graph" if "" in report.regions else "own class"
-    row = Row(name, kind, len(report.regions), len(report.sites), seconds)
-    return Row(**{**vars(row), "result": compare(model, rewritten, inputs, modes) if report.sites else "no site"})
+    failure = ""
+    for build, args in attempts(name):
+        try:
+            with torch.device("meta"):
+                meta = build()
+            size = sum(p.numel() * p.element_size() for p in meta.parameters())
+            if not any(isinstance(module, nn.Conv2d) for module in meta.modules()):
+                return None
+            if size > MEMORY_LIMIT:
+                return Row(name, result=f"not run: {size / 2**30:.0f} GiB of parameters")
+            model = with_noise(build).eval()
+            model(*args)
+        except Exception as error:
+            failure = f"the original fails: {type(error).__name__}: {error}"[:100]
+            continue
+        start = time.perf_counter()
+        rewritten = se_fx.transform(model, min_channels=1, latent_channels=4, init="identity")
+        seconds = time.perf_counter() - start
+        report = se_fx.report(rewritten)
+        kind = "graph" if "" in report.regions else "own class"
+        result = compare(model, rewritten, args, modes) if report.sites else "no site"
+        return Row(name, kind, len(report.regions), len(report.sites), seconds, result)
+    return Row(name, result=failure)
 
 
-def compare(model: nn.Module, rewritten: nn.Module, inputs: list[tuple[Any, ...]], modes: tuple[bool, ...]) -> str:
+def compare(model: nn.Module, rewritten: nn.Module, args: tuple[Any, ...], modes: tuple[bool, ...]) -> str:
     state, new_state = model.state_dict(keep_vars=True), rewritten.state_dict(keep_vars=True)
     if any(new_state.get(key) is not value for key, value in state.items()):
         return "keys or Parameters lost"
     if not all("squeeze_excite" in key.split(".") for key in new_state.keys() - state.keys()):
         return "foreign keys"
-    for training in modes:
-        result = compare_outputs(model.train(training), rewritten.train(training), inputs)
-        if result != "equal":
-            return f"{result} in {'train' if training else 'eval'} mode"
-    return "equal"
-
-
-def compare_outputs(model: nn.Module, rewritten: nn.Module, inputs: list[tuple[Any, ...]]) -> str:
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    for args in inputs:
-        for name, buffer in model.named_buffers():
-            buffer.copy_(buffers[name])
-        torch.manual_seed(0)
-        try:
-            expected = model(*args)
-        except Exception as error:
-            failure = error
-            continue
-        for name, buffer in model.named_buffers():  # shared with the rewritten model
-            buffer.copy_(buffers[name])
-        torch.manual_seed(0)
-        return "equal" if same(expected, rewritten(*args)) else "differs"
-    return f"the original fails: {type(failure).__name__}: {failure}"[:100]
+    for training in modes:
+        outputs = []
+        for each in (model, rewritten):
+            for name, buffer in model.named_buffers():  # the two share them
+                buffer.copy_(buffers[name])
+            torch.manual_seed(0)
+            outputs.append(each.train(training)(*args))
+        if not same(*outputs):
+            return f"differs in {'train' if training else 'eval'} mode"
+    return "equal"
 
 
 def run(zoo: str, pattern: str, modes: tuple[bool, ...], progress: bool = True) -> Iterator[Row]:
     """The rows of all models of a zoo whose name matches."""
-    names, load = ZOOS[zoo]
+    names, attempts = ZOOS[zoo]
     chosen = [name for name in names() if fnmatch.fnmatchcase(name, pattern)]
     for name in (bar := tqdm(chosen, desc=zoo, disable=not progress)):
         bar.set_postfix_str(name)
         try:
             with torch.no_grad(), warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                row = check(name, load, modes)
+                row = check(name, attempts, modes)
         except Exception as error:
             row = Row(name, result=f"{type(error).__name__}: {error}"[:160])
         if row is not None:

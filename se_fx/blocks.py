@@ -35,7 +35,7 @@ def latent_width(latent_channels: float, channels: int) -> int:
     (64, 32, 1)
     """
     is_number = isinstance(latent_channels, (int, float)) and not isinstance(latent_channels, bool)
-    if not is_number or not (0 < latent_channels < 1 or (latent_channels >= 1 and latent_channels == int(latent_channels))):
+    if not is_number or not (0 < latent_channels < 1 or (latent_channels >= 1 and float(latent_channels).is_integer())):
         raise SqueezeExciteError(
             f"latent_channels={latent_channels!r}: expected a hidden width (an integer >= 1, such as 64) "
             "or a fraction of the channels in (0, 1), such as 1/16"

@@ -251,6 +251,7 @@ class Tracer(fx.Tracer):
         self.called: set[str] = set()
         self.made: dict[str, Tensor] = {}
         self._ambient = _ambient()
+        self._thread = threading.get_ident()  # fx patches nn.Module for all threads; others must not notice
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         """Whether calls of `m` are recorded rather than looked into."""
@@ -258,6 +259,8 @@ class Tracer(fx.Tracer):
 
     def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Record or look into one call; a module whose code raises is recorded after all."""
+        if threading.get_ident() != self._thread:
+            return forward(*args, **kwargs)
         name = self.path_of_module(m)
         self.called.add(name)
         if self.is_leaf_module(m, name):
@@ -269,6 +272,12 @@ class Tracer(fx.Tracer):
             self.module_stack = stack
             self.opaque[name] = _reason(error)
             return super().call_module(m, forward, args, kwargs)
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, fx.Proxy]) -> Any:
+        """What the code being traced sees as a module's attribute: tensors are traced values."""
+        if threading.get_ident() != self._thread:
+            return attr_val
+        return super().getattr(attr, attr_val, parameter_proxy_cache)
 
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
         """Record one node, unless the code changed the ambient grad mode or autocast, which a graph doesn't hold."""
@@ -357,10 +366,13 @@ class _RandomFactories(TorchFunctionMode):
 def _no_checkpointing() -> Iterator[None]:
     """Make activation checkpointing raise, since a graph would drop it."""
 
+    original, thread = torch.utils.checkpoint.checkpoint, threading.get_ident()
+
     def refuse(*args: Any, **kwargs: Any) -> Any:
+        if threading.get_ident() != thread:
+            return original(*args, **kwargs)
         raise fx.proxy.TraceError("checkpoints activations, which a graph would drop")
 
-    original = torch.utils.checkpoint.checkpoint
     torch.utils.checkpoint.checkpoint = refuse
     try:
         yield
@@ -457,7 +469,7 @@ def _random_state_kept() -> Iterator[None]:
 
 
 # ------------------------------------------------------------------------------------------------------------- the model
-_tracing_lock = threading.RLock()  # tracing patches nn.Module for as long as it runs
+_tracing_lock = threading.RLock()  # one patch of nn.Module at a time
 
 
 def _conv_holders(model: nn.Module) -> set[nn.Module]:
