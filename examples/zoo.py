@@ -128,7 +128,10 @@ def timm_attempts(name: str) -> Iterator[Attempt]:
     for size in (64, 112, 128):
         if size < height and not (sized is False and probe.pretrained_cfg.get("fixed_input_size")):
             options = {"img_size": size} if sized else {}
-            yield (lambda chosen=options: timm.create_model(name, pretrained=False, **chosen)), (torch.rand(2, channels, size, size),)
+            yield (
+                (lambda chosen=options: timm.create_model(name, pretrained=False, **chosen)),
+                (torch.rand(2, channels, size, size),),
+            )
     yield (lambda: timm.create_model(name, pretrained=False)), (torch.rand(1, channels, height, width),)
 
 
@@ -147,7 +150,7 @@ def same_leaf(a: Any, b: Any) -> bool:
         return bool(type(a) is type(b) and a == b)
     if a.shape != b.shape or a.dtype != b.dtype:
         return False
-    return torch.equal(a, b) or torch.equal(a.nan_to_num(), b.nan_to_num()) and torch.equal(a.isnan(), b.isnan())
+    return torch.equal(a, b) or (torch.equal(a.nan_to_num(), b.nan_to_num()) and torch.equal(a.isnan(), b.isnan()))
 
 
 def check(name: str, attempts: Callable[[str], Iterator[Attempt]], modes: tuple[bool, ...]) -> Row | None:
@@ -236,7 +239,9 @@ def main() -> int:
 
 def table(rows: list[Row], form: str) -> str:
     cells = [(r.name, r.kind, r.regions, r.sites, f"{r.seconds:.2f}", r.result) for r in rows]
-    return tabulate(cells, ["model", "result is", "graph regions", "sites", "transform, s", "outputs"], form, disable_numparse=True)
+    return tabulate(
+        cells, ["model", "result is", "graph regions", "sites", "transform, s", "outputs"], form, disable_numparse=True
+    )
 
 
 def write_markdown(path: str, rows: list[Row]) -> None:

@@ -129,7 +129,7 @@ def _from_table(
 ) -> Callable[[Tensor], Tensor]:
     if isinstance(choice, str) and choice in table:
         return table[choice]()
-    if isinstance(choice, str) or isinstance(choice, type) or not callable(choice):
+    if isinstance(choice, (str, type)) or not callable(choice):
         raise SqueezeExciteError(
             f"{argument}={choice!r}: expected one of {', '.join(map(repr, table))}, or a callable on tensors "
             "(an instance, not a class)"

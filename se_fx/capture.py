@@ -12,26 +12,20 @@ Tracing happens on a scratch clone, so that whatever a model's code does to itse
 
 from __future__ import annotations
 
-import contextlib
 import inspect
-import operator
-import os
-import random
-import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.utils.checkpoint
 from torch import Tensor, fx, nn
-from torch.overrides import TorchFunctionMode
 
 from se_fx.errors import SqueezeExciteError
 from se_fx.regions import Inserted, clone, constants_of
+from se_fx.tracing import DRAWS, Tracer, random_state, reason_of, set_random_state
 
-__all__ = ["Capture", "Region", "Tracer", "capture"]
+__all__ = ["Capture", "Region", "capture"]
 
 
 @dataclass(frozen=True)
@@ -70,7 +64,7 @@ class Capture:
     Attributes:
         model: the model, untouched.
         regions: its regions, in the order of its modules.
-        opaque: why a module was not captured in the region around it, by qualified name; the root's is the empty name.
+        opaque: the modules that run their own code, by qualified name (the root's is empty), each with the reason.
     """
 
     model: nn.Module
@@ -106,13 +100,16 @@ def capture(model: nn.Module) -> Capture:
                 visit(names[id(child)], child)
             return
         regions.append(region)
-        for name, reason in tracing.opaque.items():
-            opaque[region.qualified(name)] = reason
+        for name in tracing.opaque:
             visit(region.qualified(name), module.get_submodule(name))
 
-    with _tracing_lock, _random_state_kept():
-        visit("", scratch)
-        _share(regions, scratch)
+    with _tracing_lock:
+        randomness = random_state()
+        try:
+            visit("", scratch)
+        finally:
+            set_random_state(randomness)
+    _share(regions, scratch)
     order = {name: position for position, name in enumerate(names.values())}
     return Capture(model, tuple(sorted(regions, key=lambda region: order[region.path])), opaque)
 
@@ -125,7 +122,9 @@ def _share(regions: list[Region], scratch: nn.Module) -> None:
             callers.setdefault(module, set()).add(region.path)
     names = {module: name for name, module in scratch.named_modules()}
     alone = {region.path for region in regions if region.graphs is None}
-    regions += [Region(names[conv], conv, None) for conv, paths in callers.items() if len(paths) > 1 and names[conv] not in alone]
+    regions += [
+        Region(names[conv], conv, None) for conv, paths in callers.items() if len(paths) > 1 and names[conv] not in alone
+    ]
 
 
 # ------------------------------------------------------------------------------------------------------------ one region
@@ -163,44 +162,57 @@ class _Tracing:
                 break
         if self._depends_on_optional_arguments(graphs[False]):
             raise Untraceable("its code depends on optional arguments of forward", self.called)
-        called = {node.target for graph in graphs.values() for node in graph.nodes if node.op == "call_module"}
+        nodes = [node for graph in graphs.values() for node in graph.nodes]
+        called = {node.target for node in nodes if node.op == "call_module"}
+        read = {node.target for node in nodes if node.op == "get_attr"}
         self.opaque = {name: reason for name, reason in self.opaque.items() if name in called}
+        self.constants = {name: constant for name, constant in self.constants.items() if name in read}
         return dict.fromkeys((True, False), graphs[False]) if _agree(graphs[True], graphs[False]) else graphs
 
-    def _trace(self, training: bool, defaults: dict[str, Any] | None = None) -> fx.Graph:
-        inlined = [self.module]  # the modules whose own code the trace runs
-        for name, child in self.module.named_modules():
-            if child in self.conv_holders and not isinstance(child, nn.Conv2d) and child is not self.module:
-                if not any(name == o or name.startswith(o + ".") for o in self.opaque):
-                    inlined.append(child)
-        before = [(module, _attributes(module)) for module in inlined]
-        modes = [(module, module.training) for module in inlined]
-        for module in inlined:
-            module.training = training
-        tracer = Tracer(self.opaque, self.conv_holders, defaults)
-        randomness = _random_state()
+    def _trace(self, training: bool, defaults: dict[str, Any] | None = None, watch: bool = False) -> fx.Graph:
+        snapshot = _Snapshot(self._inlined(), training)
+        tracer = Tracer(self.opaque, self.conv_holders, defaults, watch)
+        randomness = random_state()
         try:
             graph = tracer.trace(self.module)
         except Exception as error:
-            raise Untraceable(_reason(error), self.called | tracer.called) from error
+            raise Untraceable(reason_of(error), self.called | tracer.called) from error
         finally:
-            for module, mode in modes:
-                module.training = mode
-            changed = [module for module, attributes in before if not _unchanged(module, attributes, tracer.made)]
-            for module, attributes in before:
-                _reset(module, attributes)
-        self.opaque.update(tracer.opaque)
-        self.constants.update(tracer.made)
-        self.called |= tracer.called
-        reason = "keeps state in attributes, which a graph would not update"
-        if not changed and randomness != _random_state():
-            changed, reason = [self.module], "draws random numbers that a graph would freeze"
-        for module in changed:
-            name = next(name for name, child in self.module.named_modules() if child is module)
+            changed = snapshot.undo()
+        if random_state() != randomness and not watch:
+            return self._trace(training, defaults, watch=True)
+        if random_state() != randomness and tracer.opaque == self.opaque:
+            raise Untraceable(DRAWS, self.called)
+        for name, module in changed.items():
             if module is self.module:
-                raise Untraceable(reason, self.called)
-            self.opaque[name] = reason
+                raise Untraceable(_KEEPS_STATE, self.called | tracer.called)
+            tracer.opaque[name] = _KEEPS_STATE
+        self.opaque.update(tracer.opaque)
+        self.called |= tracer.called
+        self._keep(tracer.made, graph, "train" if training else "eval")
         return graph
+
+    def _inlined(self) -> dict[str, nn.Module]:
+        """The modules whose own code the trace will run, by name."""
+        return {
+            name: module
+            for name, module in self.module.named_modules()
+            if module in self.conv_holders
+            and not isinstance(module, nn.Conv2d)
+            and not any(name == outer or name.startswith(outer + ".") for outer in self.opaque)
+        }
+
+    def _keep(self, made: dict[str, Tensor], graph: fx.Graph, mode: str) -> None:
+        """Keep the constants of one trace, under another name where the other mode's trace made a different one."""
+        for name, constant in made.items():
+            known = self.constants.get(name)
+            if known is None or (known.dtype == constant.dtype and torch.equal(known, constant)):
+                self.constants[name] = constant
+                continue
+            self.constants[f"{name}_{mode}"] = constant
+            for node in graph.nodes:
+                if node.op == "get_attr" and node.target == name:
+                    node.target = f"{name}_{mode}"
 
     def _depends_on_optional_arguments(self, graph: fx.Graph) -> bool:
         """Whether the code goes another way with the defaults than with values: `if mask is not None` can't be seen."""
@@ -219,176 +231,9 @@ def _called_children(module: nn.Module, called: set[str]) -> Iterator[nn.Module]
         if calls or not (bypassed or container):
             yield child
         else:
-            yield from _called_children(child, {other.removeprefix(name + ".") for other in called if other.startswith(name + ".")})
-
-
-# --------------------------------------------------------------------------------------------------------------- tracing
-class Tracer(fx.Tracer):
-    """A tracer that records what `fx.Tracer` silently drops, and leaves alone what it can't record.
-
-    Leaves are every `nn.Conv2d`, subclasses included, and every module that holds none: normalisation, attention and
-    drop-path modules stay whole, and so keep their buffers, hooks and modes. When the code of a submodule raises, that
-    submodule (the innermost) turns opaque and tracing goes on.
-
-    Args:
-        opaque: submodules to keep as `call_module`, by qualified name, with the reason. `self.opaque` gains those found.
-        conv_holders: all modules that are or hold an `nn.Conv2d`; None for every module to be a leaf.
-        inputs: values for the code to see in place of the root's arguments of these names.
-    """
-
-    proxy_buffer_attributes = True  # else arithmetic between buffers would be done once, while tracing
-
-    def __init__(
-        self,
-        opaque: dict[str, str] | None = None,
-        conv_holders: set[nn.Module] | None = None,
-        inputs: dict[str, Any] | None = None,
-    ) -> None:
-        super().__init__(autowrap_functions=(torch.utils.checkpoint.checkpoint,))
-        self.opaque = dict(opaque or {})
-        self.conv_holders = conv_holders or set()
-        self.inputs = inputs or {}
-        self.called: set[str] = set()
-        self.made: dict[str, Tensor] = {}
-        self._ambient = _ambient()
-        self._thread = threading.get_ident()  # fx patches nn.Module for all threads; others must not notice
-
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        """Whether calls of `m` are recorded rather than looked into."""
-        return isinstance(m, nn.Conv2d) or m not in self.conv_holders or module_qualified_name in self.opaque
-
-    def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        """Record or look into one call; a module whose code raises is recorded after all."""
-        if threading.get_ident() != self._thread:
-            return forward(*args, **kwargs)
-        name = self.path_of_module(m)
-        self.called.add(name)
-        if self.is_leaf_module(m, name):
-            return super().call_module(m, forward, args, kwargs)
-        stack = self.module_stack.copy()
-        try:
-            return super().call_module(m, forward, args, kwargs)
-        except Exception as error:
-            self.module_stack = stack
-            self.opaque[name] = _reason(error)
-            return super().call_module(m, forward, args, kwargs)
-
-    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, fx.Proxy]) -> Any:
-        """What the code being traced sees as a module's attribute: tensors are traced values."""
-        if threading.get_ident() != self._thread:
-            return attr_val
-        return super().getattr(attr, attr_val, parameter_proxy_cache)
-
-    def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
-        """Record one node, unless the code changed the ambient grad mode or autocast, which a graph doesn't hold."""
-        if _ambient() != self._ambient:
-            raise fx.proxy.TraceError("runs under a grad mode or autocast of its own, which a graph would drop")
-        return super().create_node(*args, **kwargs)
-
-    def create_arg(self, a: Any) -> Any:
-        """Lower an argument, keeping the class of dicts that the model's callers may rely on."""
-        if isinstance(a, dict) and type(a) is not dict:
-            if type(a).__module__ != "collections" or type(a).__name__ != "OrderedDict":
-                raise NotImplementedError(f"a graph can't hold a {type(a).__name__}")
-            return self.create_node("call_function", type(a), ([(k, self.create_arg(v)) for k, v in a.items()],), {})
-        return super().create_arg(a)
-
-    def create_args_for_root(self, *args: Any, **kwargs: Any) -> tuple[Any, list[Any]]:
-        """The root's function and what to call it with."""
-        function, values = super().create_args_for_root(*args, **kwargs)
-        given = [self.inputs.get(str(v.node.target).lstrip("*"), v) if type(v) is _Value else v for v in values]
-        return function, given
-
-    def proxy(self, node: fx.Node) -> fx.Proxy:
-        """Wrap a node for the code being traced."""
-        return _Value(node, self)
-
-    def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
-        """Trace `root`; see `fx.Tracer.trace`."""
-        present = set(root.__dict__)
-        with torch.enable_grad():
-            self._ambient = _ambient()
-            with _RandomFactories(self), _no_checkpointing():
-                graph = super().trace(root, concrete_args)
-        self.made = {name: value for name, value in root.__dict__.items() if name not in present and isinstance(value, Tensor)}
-        return graph
-
-
-class _Value(fx.Proxy):
-    """A traced value. To the code being traced, `isinstance(value, Tensor)` is what it will be when the graph runs."""
-
-    @property
-    def __class__(self) -> Any:
-        frame = sys._getframe(1)
-        ours = frame.f_code.co_filename.startswith(_TORCH) and frame.f_code.co_name != "is_tensor"
-        return _Value if ours or _is_size(self.node) else Tensor
-
-    @__class__.setter
-    def __class__(self, value: Any) -> None:
-        raise AttributeError
-
-
-_TORCH = os.path.dirname(torch.__file__) + os.sep
-_SIZE_METHODS = frozenset({"size", "dim", "ndimension", "numel", "stride", "item", "tolist"})
-
-
-def _is_size(node: Any) -> bool:
-    """Whether a node yields a number or a size, as opposed to a tensor."""
-    if not isinstance(node, fx.Node):
-        return True
-    if node.op == "call_method":
-        return node.target in _SIZE_METHODS
-    if node.op != "call_function":
-        return False
-    if node.target is getattr:
-        return node.args[1] in ("shape", "ndim", "dtype", "device", "layout", "is_cuda", "requires_grad")
-    from_operator = getattr(node.target, "__module__", None) in (operator.__name__, "_operator", "math")
-    return from_operator and all(_is_size(arg) for arg in node.all_input_nodes)
-
-
-class _RandomFactories(TorchFunctionMode):
-    """Records calls that make random tensors, which would otherwise be drawn once, while tracing."""
-
-    FACTORIES = frozenset({torch.rand, torch.randn, torch.randint, torch.randperm, torch.normal})
-
-    def __init__(self, tracer: Tracer) -> None:
-        super().__init__()
-        self.tracer = tracer
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func in self.FACTORIES:
-            return self.tracer.create_proxy("call_function", func, tuple(args), kwargs)
-        return func(*args, **kwargs)
-
-
-@contextlib.contextmanager
-def _no_checkpointing() -> Iterator[None]:
-    """Make activation checkpointing raise, since a graph would drop it."""
-
-    original, thread = torch.utils.checkpoint.checkpoint, threading.get_ident()
-
-    def refuse(*args: Any, **kwargs: Any) -> Any:
-        if threading.get_ident() != thread:
-            return original(*args, **kwargs)
-        raise fx.proxy.TraceError("checkpoints activations, which a graph would drop")
-
-    torch.utils.checkpoint.checkpoint = refuse
-    try:
-        yield
-    finally:
-        torch.utils.checkpoint.checkpoint = original
-
-
-def _ambient() -> tuple[bool, int]:
-    nesting = torch.autocast_increment_nesting()
-    torch.autocast_decrement_nesting()
-    return torch.is_grad_enabled(), nesting
-
-
-def _reason(error: BaseException) -> str:
-    text = str(error).strip().split("\n")[0].split(". ")[0]
-    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+            yield from _called_children(
+                child, {other.removeprefix(name + ".") for other in called if other.startswith(name + ".")}
+            )
 
 
 # ---------------------------------------------------------------------------------------------------- faithful or not
@@ -409,63 +254,53 @@ def _agree(a: fx.Graph, b: fx.Graph, inputs: dict[str, Any] | None = None) -> bo
     return lines(a, inputs or {}) == lines(b, {})
 
 
-def _attributes(module: nn.Module) -> dict[str, Any]:
-    return {name: (value, _shallow(value)) for name, value in module.__dict__.items()}
+_KEEPS_STATE = "keeps state in attributes, which a graph would not update"
 
 
-def _shallow(value: Any) -> Any:
+class _Snapshot:
+    """The attributes of modules before a trace, and their mode set to `training` for it."""
+
+    def __init__(self, modules: dict[str, nn.Module], training: bool) -> None:
+        self.modules = modules
+        self.before = {name: {key: (v, _items(v)) for key, v in module.__dict__.items()} for name, module in modules.items()}
+        for module in modules.values():
+            module.training = training
+
+    def undo(self) -> dict[str, nn.Module]:
+        """Set all back; returns the modules, by name, whose attributes were others than before."""
+        changed: dict[str, nn.Module] = {}
+        for name, module in self.modules.items():
+            before = self.before[name]
+            after = {key: (value, _items(value)) for key, value in module.__dict__.items()}
+            module.training = before["training"][0]
+            if after.keys() == before.keys() and all(_is_same(after[key], before[key]) for key in after if key != "training"):
+                continue
+            changed[name] = module
+            module.__dict__.clear()
+            for key, (value, items) in before.items():
+                module.__dict__[key] = value
+                if isinstance(value, dict):
+                    value.clear()
+                    value.update(items)
+                elif isinstance(value, list):
+                    value[:] = items
+        return changed
+
+
+def _items(value: Any) -> Any:
+    """What a container holds now; None for other values."""
     if isinstance(value, dict):
         return dict(value)
     return list(value) if isinstance(value, (list, set)) else None
 
 
-def _unchanged(module: nn.Module, before: dict[str, Any], made: dict[str, Tensor]) -> bool:
-    after = {name: value for name, value in module.__dict__.items() if not name.startswith("_tensor_constant")}
-    if after.keys() != before.keys():
-        return False
-    for name, value in after.items():
-        then, items = before[name]
-        now = _shallow(value)
-        if name == "training":
-            continue
-        if value is not then or type(now) is not type(items) or (now is not None and not _same_items(now, items)):
-            return False
-    return True
-
-
-def _same_items(a: Any, b: Any) -> bool:
-    if len(a) != len(b):
-        return False
-    if isinstance(a, dict):
-        return all(key in b and b[key] is value for key, value in a.items())
-    return all(x is y for x, y in zip(a, b, strict=True))
-
-
-def _reset(module: nn.Module, before: dict[str, Any]) -> None:
-    for name in set(module.__dict__) - set(before):
-        if not name.startswith("_tensor_constant"):
-            del module.__dict__[name]
-    for name, (value, items) in before.items():
-        module.__dict__[name] = value
-        if isinstance(items, dict):
-            value.clear()
-            value.update(items)
-        elif isinstance(value, list):
-            value[:] = items
-
-
-def _random_state() -> tuple[Any, ...]:
-    return torch.get_rng_state().numpy().tobytes(), random.getstate()
-
-
-@contextlib.contextmanager
-def _random_state_kept() -> Iterator[None]:
-    state, numbers = random.getstate(), torch.get_rng_state()
-    try:
-        yield
-    finally:
-        random.setstate(state)
-        torch.set_rng_state(numbers)
+def _is_same(a: tuple[Any, Any], b: tuple[Any, Any]) -> bool:
+    (value, items), (other, others) = a, b
+    if value is not other or items is None:
+        return value is other
+    if isinstance(items, dict):
+        return items.keys() == others.keys() and all(items[key] is others[key] for key in items)
+    return len(items) == len(others) and all(x is y for x, y in zip(items, others, strict=True))
 
 
 # ------------------------------------------------------------------------------------------------------------- the model
@@ -488,8 +323,7 @@ def _conv_holders(model: nn.Module) -> set[nn.Module]:
 
 def _hooked(module: nn.Module) -> bool:
     return any(
-        module.__dict__.get(name)
-        for name in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+        module.__dict__.get(name) for name in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
     )
 
 
@@ -510,7 +344,9 @@ def _check(model: nn.Module) -> None:
         if isinstance(module, torch.jit.ScriptModule) and any(
             getattr(part, "original_name", "") == "Conv2d" for part in module.modules()
         ):
-            raise SqueezeExciteError(f"{where} is TorchScript: transform the Python model first, then script or export the result")
+            raise SqueezeExciteError(
+                f"{where} is TorchScript: transform the Python model first, then script or export the result"
+            )
         lazy = [key for key, p in module._parameters.items() if p is not None and nn.parameter.is_lazy(p)]
         if lazy:
             raise SqueezeExciteError(

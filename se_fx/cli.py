@@ -65,7 +65,11 @@ def load_model(spec: str) -> nn.Module:
         return _from_module(source, name, spec)
     models = _import("torchvision", spec).models
     weights = {"weights": None}
-    if "weights_backbone" in getattr(models.get_model_builder(name), "__annotations__", {}) if name in models.list_models() else False:
+    if (
+        "weights_backbone" in getattr(models.get_model_builder(name), "__annotations__", {})
+        if name in models.list_models()
+        else False
+    ):
         weights["weights_backbone"] = None
     return _from_zoo(name, models.list_models(), lambda: models.get_model(name, **weights))
 
@@ -80,7 +84,11 @@ def _import(package: str, spec: str) -> Any:
 def _from_zoo(name: str, known: Sequence[str], build: Any) -> nn.Module:
     if name not in known:
         close = difflib.get_close_matches(name, known, n=3)
-        hint = f"did you mean {' or '.join(close)}?" if close else "expected a torchvision model, timm:NAME or package.module:callable"
+        hint = (
+            f"did you mean {' or '.join(close)}?"
+            if close
+            else "expected a torchvision model, timm:NAME or package.module:callable"
+        )
         raise SqueezeExciteError(f"MODEL {name!r}: there is no such model; {hint}")
     try:
         with torch.device("meta"):
@@ -137,7 +145,10 @@ def _parser() -> argparse.ArgumentParser:
 def _add_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("model", metavar="MODEL", help="torchvision name, timm:NAME, or package.module:callable")
     command.add_argument(
-        "--input", type=_shape, metavar="N,C,H,W", help="shape of an example input, to count MACs, FLOPs and bytes; none is computed"
+        "--input",
+        type=_shape,
+        metavar="N,C,H,W",
+        help="shape of an example input, to count MACs, FLOPs and bytes; none is computed",
     )
     command.add_argument("--json", action="store_true", help="print JSON instead of tables")
     options = command.add_argument_group("where blocks go, and of what kind")
@@ -172,7 +183,9 @@ def _number(text: str) -> float:
             return float(numerator) / float(denominator)
         return int(text) if text.lstrip("-").isdigit() else float(text)
     except (ValueError, ZeroDivisionError):
-        raise argparse.ArgumentTypeError(f"{text!r}: expected a width such as 64 or a fraction such as 0.0625 or 1/16") from None
+        raise argparse.ArgumentTypeError(
+            f"{text!r}: expected a width such as 64 or a fraction such as 0.0625 or 1/16"
+        ) from None
 
 
 def _int_or_auto(text: str) -> int | str:

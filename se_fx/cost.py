@@ -16,7 +16,7 @@ import contextlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -32,7 +32,7 @@ from torch.utils.flop_counter import flop_registry
 from se_fx.errors import SqueezeExciteError
 from se_fx.regions import clone
 
-__all__ = ["Cost", "Measurement", "measure"]
+__all__ = ["NO_COST", "Cost", "Measurement", "measure"]
 
 
 @dataclass(frozen=True)
@@ -62,6 +62,10 @@ class Cost:
         return self.params, self.macs, self.flops, self.bytes
 
 
+#: Nothing.
+NO_COST = Cost()
+
+
 @dataclass
 class Measurement:
     """One counted call of a model.
@@ -74,7 +78,7 @@ class Measurement:
         ran_for_real: whether the model's code needed real values, so that the call was computed.
     """
 
-    total: Cost = Cost()
+    total: Cost = NO_COST
     parts: dict[str, Cost] = field(default_factory=dict)
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
     uncounted: Counter[str] = field(default_factory=Counter)
@@ -106,7 +110,8 @@ def measure(model: nn.Module, example_inputs: Any, watched: Mapping[str, str] | 
     except Exception as error:
         first_line = str(error).strip().split("\n")[0]
         raise SqueezeExciteError(
-            f"example_inputs: the model could not be called with {_describe(args, kwargs)}: {type(error).__name__}: {first_line}"
+            f"example_inputs: the model could not be called with {_describe(args, kwargs)}: "
+            f"{type(error).__name__}: {first_line}"
         ) from error
 
 
@@ -147,7 +152,7 @@ def _count_fake(model: nn.Module, args: Any, kwargs: Any, watched: Mapping[str, 
 
         for module in model.modules():
             if not isinstance(module, torch.jit.ScriptModule):
-                for tensors in (module._parameters, module._buffers):
+                for tensors in (cast("dict[str, Any]", module._parameters), cast("dict[str, Any]", module._buffers)):
                     tensors.update({name: fake(tensor) for name, tensor in tensors.items() if tensor is not None})
         args, kwargs = tree_map_only(Tensor, fake, (args, kwargs))
         return _count(model, args, kwargs, watched)
@@ -175,11 +180,11 @@ def _random_state_kept() -> Iterator[None]:
         yield
 
 
-class _Counting(TorchDispatchMode):
+class _Counting(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Adds up the operators that run within it."""
 
     def __init__(self, measurement: Measurement) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.measurement = measurement
         self.inside: list[str] = []
 
@@ -256,9 +261,10 @@ RULES: dict[str, Callable[[Any, Any], int]] = {
 POINTWISE = frozenset({"hardswish_", "hardsigmoid_", "hardtanh_", "leaky_relu_", "elu_", "silu_", "relu6", "prelu", "mish_"})
 #: Operators that only move, make or describe data.
 FREE = frozenset(
-    "clone copy_ _to_copy contiguous cat stack empty empty_like empty_strided new_empty new_zeros new_ones new_full zeros ones "
-    "zeros_like ones_like full full_like arange linspace scalar_tensor lift_fresh lift_fresh_copy index index_put index_put_ "
-    "index_select gather scatter scatter_ embedding constant_pad_nd reflection_pad2d replication_pad2d roll repeat flip fill_ "
-    "zero_ rand rand_like randn randn_like bernoulli_ upsample_nearest2d channel_shuffle native_channel_shuffle im2col nonzero "
-    "device native_dropout _local_scalar_dense resolve_conj resolve_neg is_same_size equal _unsafe_view meshgrid tril triu".split()
+    """clone copy_ _to_copy contiguous cat stack roll repeat flip im2col constant_pad_nd reflection_pad2d replication_pad2d
+    empty empty_like empty_strided new_empty new_zeros new_ones new_full zeros ones zeros_like ones_like full full_like
+    arange linspace scalar_tensor lift_fresh lift_fresh_copy fill_ zero_ rand rand_like randn randn_like bernoulli_ tril triu
+    index index_put index_put_ index_select gather scatter scatter_ embedding nonzero _local_scalar_dense
+    upsample_nearest2d channel_shuffle native_channel_shuffle pixel_shuffle pixel_unshuffle
+    device native_dropout resolve_conj resolve_neg is_same_size equal _unsafe_view""".split()  # noqa: SIM905
 )

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
+import operator
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, fx, nn
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
-from se_fx.capture import Capture, Region, Tracer
+from se_fx.capture import Capture, Region
 from se_fx.errors import SqueezeExciteError
 from se_fx.regions import Inserted, add_constants, clone, restore_code, run_graphs, view
+from se_fx.tracing import Tracer
 
 __all__ = ["CONTAINER", "InsertBlocks", "Insertion", "attach", "detach", "insert"]
 
@@ -67,7 +69,7 @@ class InsertBlocks(PassBase):
             for node in nodes:
                 with graph.inserting_after(node):
                     scaled = graph.call_module(target, (node,))
-                node.replace_all_uses_with(scaled, delete_user_cb=lambda user, scaled=scaled: user is not scaled)
+                node.replace_all_uses_with(scaled, delete_user_cb=functools.partial(operator.is_not, scaled))
                 scaled.meta["nn_module_stack"] = {
                     **node.meta.get("nn_module_stack", {}),
                     target: (target, type(block)),
@@ -166,7 +168,9 @@ def withdraw(module: nn.Module) -> None:
     detach(module)
     restore_code(module)
     for name, child in list(module._modules.items()):
-        if isinstance(child, Inserted) or (child and any(isinstance(inner, Inserted) for inner in child.children()) and re.fullmatch(r"se_fx\d+", name)):
+        if isinstance(child, Inserted) or (
+            child and any(isinstance(inner, Inserted) for inner in child.children()) and re.fullmatch(r"se_fx\d+", name)
+        ):
             del module._modules[name]
 
 

@@ -67,9 +67,7 @@ def attention_convs(graph: fx.Graph, root: nn.Module) -> set[str]:
     gates: list[fx.Node] = []
     for node in graph.nodes:
         sources = [source for source in node.all_input_nodes if _is_data(source)]
-        if _pools_globally(node, root):
-            pooled.add(node)
-        elif sources and all(source in pooled for source in sources):
+        if _pools_globally(node, root) or (sources and all(source in pooled for source in sources)):
             pooled.add(node)
         elif _multiplies(node):
             gates += [source for source in sources if source in pooled]
@@ -106,8 +104,10 @@ def _is_data(node: fx.Node) -> bool:
 
 def _only_sizes(node: fx.Node) -> bool:
     sources = node.all_input_nodes
-    return bool(sources) and node.target in (operator.getitem, operator.mul, operator.floordiv, operator.add, operator.sub) and all(
-        not _is_data(source) for source in sources
+    return (
+        bool(sources)
+        and node.target in (operator.getitem, operator.mul, operator.floordiv, operator.add, operator.sub)
+        and all(not _is_data(source) for source in sources)
     )
 
 
@@ -128,7 +128,9 @@ def _pools_globally(node: fx.Node, root: nn.Module) -> bool:
         if isinstance(dims, (list, tuple)):
             return set(dims) in _SPATIAL
         source = node.args[0] if node.args else None
-        return dims in (-1, 2) and isinstance(source, fx.Node) and source.target in ("view", "reshape", "flatten", torch.flatten)
+        return (
+            dims in (-1, 2) and isinstance(source, fx.Node) and source.target in ("view", "reshape", "flatten", torch.flatten)
+        )
     return False
 
 

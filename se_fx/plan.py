@@ -14,7 +14,7 @@ from torch import fx, nn
 
 from se_fx.blocks import ACTIVATIONS, GATES, INITS, SqueezeExcite2d, latent_width
 from se_fx.capture import Capture, Region
-from se_fx.cost import Cost
+from se_fx.cost import NO_COST, Cost
 from se_fx.errors import SqueezeExciteError
 from se_fx.insertion import Insertion
 from se_fx.placement import PLACEMENTS, Spot, attention_convs
@@ -100,7 +100,7 @@ class Site:
     activation: str = "relu"
     gate: str = "sigmoid"
     spatial: tuple[int, int] | None = None
-    cost: Cost = Cost()
+    cost: Cost = NO_COST
 
     def block(self, device: torch.device | None = None, dtype: torch.dtype | None = None) -> SqueezeExcite2d:
         """A new block of this kind."""
@@ -191,7 +191,9 @@ class Plan:
 
 def _site_from_dict(where: str, data: Mapping[str, Any]) -> Site:
     if set(data) != set(_SITE_TYPES):
-        raise SqueezeExciteError(f"{where}: expected exactly the keys {', '.join(_SITE_TYPES)}; got {', '.join(map(str, data))}")
+        raise SqueezeExciteError(
+            f"{where}: expected exactly the keys {', '.join(_SITE_TYPES)}; got {', '.join(map(str, data))}"
+        )
     for name, kind in _SITE_TYPES.items():
         if type(data[name]) is not kind or (kind is int and not 1 <= data[name] <= 2**20):
             bounds = " from 1 to 2**20" if kind is int else ""
@@ -272,8 +274,8 @@ def _why_not(
         return "has a Squeeze-and-Excitation block already"
     if name in attention:
         return "computes an attention gate"
-    if not module.weight.dtype.is_floating_point:
-        return f"is of dtype {module.weight.dtype}, which no block is made for"
+    if not _parameter(module).dtype.is_floating_point:
+        return f"is of dtype {_parameter(module).dtype}, which no block is made for"
     if module.out_channels < least:
         return f"{module.out_channels} output channels < min_channels={least}"
     if name not in wanted:
@@ -298,7 +300,9 @@ def _wanted(where: Where, convs: Mapping[str, nn.Conv2d]) -> set[str]:
     patterns = [where] if isinstance(where, str) else list(where)
     for pattern in patterns:
         if not any(fnmatch.fnmatchcase(name, pattern.removeprefix("!")) for name in convs):
-            raise SqueezeExciteError(f"where={where!r}: {pattern!r} matches no Conv2d; the first is named {next(iter(convs))!r}")
+            raise SqueezeExciteError(
+                f"where={where!r}: {pattern!r} matches no Conv2d; the first is named {next(iter(convs))!r}"
+            )
     include = [pattern for pattern in patterns if not pattern.startswith("!")] or ["*"]
     exclude = [pattern[1:] for pattern in patterns if pattern.startswith("!")]
     return {name for name in convs if _matches(name, include) and not _matches(name, exclude)}
@@ -346,7 +350,14 @@ def locate(capture: Capture, plan: Plan, device: torch.device | None = None) -> 
 def new_block(site: Site, conv: nn.Module, device: torch.device | None = None) -> nn.Module:
     """A block of the kind `site` says, on the device and of the dtype and mode of `conv`."""
     assert isinstance(conv, nn.Conv2d)
-    return site.block(device or conv.weight.device, conv.weight.dtype).train(conv.training)
+    return site.block(device or _parameter(conv).device, _parameter(conv).dtype).train(conv.training)
+
+
+def _parameter(conv: nn.Conv2d) -> torch.Tensor:
+    """A parameter of a conv. Not its weight: parametrized weights are computed, some (spectral norm) with side effects."""
+    for parameter in conv.parameters():
+        return parameter
+    return conv.weight
 
 
 def _spots(capture: Capture, placement: str) -> dict[str, tuple[Region, Spot, dict[bool, tuple[fx.Node, ...]]]]:

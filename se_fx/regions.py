@@ -75,34 +75,56 @@ def _carry(value: Any, memo: dict[int, Any]) -> Any:
     """`value` with the modules in `memo` exchanged, built-in containers copied, all else shared."""
     if id(value) in memo:
         return memo[id(value)]
-    kind = type(value)
-    if kind in (dict, collections.OrderedDict):
-        memo[id(value)] = result = kind()
-        result.update((key, _carry(item, memo)) for key, item in value.items())
-        return result
-    if kind is list:
-        memo[id(value)] = result = []
-        result.extend(_carry(item, memo) for item in value)
-        return result
-    if kind in (set, collections.deque, collections.defaultdict):
-        memo[id(value)] = result = copy.copy(value)
-        if kind is not set:
-            for key in list(range(len(result)) if kind is collections.deque else result):
-                result[key] = _carry(result[key], memo)
-        return result
-    if kind is tuple:
-        items = tuple(_carry(item, memo) for item in value)
-        return items if any(a is not b for a, b in zip(items, value, strict=True)) else value
-    if kind is types.MethodType:
-        owner = _carry(value.__self__, memo)
-        return value if owner is value.__self__ else types.MethodType(value.__func__, owner)
-    if kind is functools.partial:
-        return functools.partial(
-            _carry(value.func, memo), *_carry(value.args, memo), **{k: _carry(v, memo) for k, v in value.keywords.items()}
-        )
-    if kind is weakref.ref and id(value()) in memo:
-        return weakref.ref(memo[id(value())])
-    return value
+    carry = _CARRIED.get(type(value))
+    return value if carry is None else carry(value, memo)
+
+
+def _carry_dict(value: Any, memo: dict[int, Any]) -> Any:
+    memo[id(value)] = copied = copy.copy(value)
+    for key, item in value.items():
+        copied[key] = _carry(item, memo)
+    return copied
+
+
+def _carry_list(value: Any, memo: dict[int, Any]) -> Any:
+    memo[id(value)] = copied = copy.copy(value)
+    for position, item in enumerate(value):
+        copied[position] = _carry(item, memo)
+    return copied
+
+
+def _carry_tuple(value: tuple[Any, ...], memo: dict[int, Any]) -> Any:
+    items = tuple(_carry(item, memo) for item in value)
+    return items if any(a is not b for a, b in zip(items, value, strict=True)) else value
+
+
+def _carry_set(value: set[Any], memo: dict[int, Any]) -> Any:
+    return {_carry(item, memo) for item in value}
+
+
+def _carry_method(value: types.MethodType, memo: dict[int, Any]) -> Any:
+    owner = _carry(value.__self__, memo)
+    return value if owner is value.__self__ else types.MethodType(value.__func__, owner)
+
+
+def _carry_partial(value: functools.partial[Any], memo: dict[int, Any]) -> Any:
+    keywords = {name: _carry(item, memo) for name, item in value.keywords.items()}
+    return functools.partial(_carry(value.func, memo), *_carry(value.args, memo), **keywords)
+
+
+def _carry_weakref(value: weakref.ref[Any], memo: dict[int, Any]) -> Any:
+    return weakref.ref(memo[id(value())]) if id(value()) in memo else value
+
+
+_CARRIED: dict[type, Callable[[Any, dict[int, Any]], Any]] = {
+    **dict.fromkeys((dict, collections.OrderedDict, collections.defaultdict), _carry_dict),
+    **dict.fromkeys((list, collections.deque), _carry_list),
+    tuple: _carry_tuple,
+    set: _carry_set,
+    types.MethodType: _carry_method,
+    functools.partial: _carry_partial,
+    weakref.ref: _carry_weakref,
+}
 
 
 # -------------------------------------------------------------------------------------------------------------- regions
@@ -182,7 +204,7 @@ def restore_code(module: nn.Module) -> None:
     """Undo `run_graphs`, in place: `module` runs the code of its own class again. Nothing to do for other modules."""
     if not isinstance(module, _Region):
         return
-    region = type(module)
+    region: Any = type(module)
     module.__class__ = region._own_class
     for name in constants_of(module):
         delattr(module, name)
@@ -258,7 +280,11 @@ class _Region:
 
 def _unpickled(own: type[nn.Module], as_graph_module: bool) -> nn.Module:
     """A region of the right class for pickle to give its state to."""
-    kind = type(_empty_graph_region(own, None)) if as_graph_module else _region_class(own, dict.fromkeys((True, False), own.forward))
+    kind = (
+        type(_empty_graph_region(own, None))
+        if as_graph_module
+        else _region_class(own, dict.fromkeys((True, False), own.forward))
+    )
     return object.__new__(kind)
 
 
@@ -321,5 +347,5 @@ class GraphRegion(_Region, fx.GraphModule):
                 graph.owning_module = self
                 code = super().recompile()
                 forwards[graph] = type(self).forward
-        type(self).forward = _by_mode({mode: forwards[graphs.get(mode, self._graph)] for mode in (True, False)})  # type: ignore[method-assign]
+        type(self).forward = _by_mode({mode: forwards[graphs.get(mode, self._graph)] for mode in (True, False)})
         return code

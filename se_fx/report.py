@@ -42,7 +42,15 @@ class Report:
     uncounted: tuple[tuple[str, int], ...] = ()
 
     def __str__(self) -> str:
-        paragraphs = [self._headline(), self._table(), self._totals(), self._unreached(), self._skips(), self._capture(), self._rules()]
+        paragraphs = [
+            self._headline(),
+            self._table(),
+            self._totals(),
+            self._unreached(),
+            self._skips(),
+            self._capture(),
+            self._rules(),
+        ]
         return "\n\n".join(filter(None, paragraphs))
 
     def to_dict(self) -> dict[str, Any]:

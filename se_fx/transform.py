@@ -60,6 +60,7 @@ def transform(
         gate: the blocks' gate function, "sigmoid" or "hardsigmoid".
         where: which convs: a predicate ``(name, module) -> bool``, or glob patterns of qualified names, those that
             begin with "!" excluding.
+        **unknown: none; a misspelt option is named in the error.
 
     Raises:
         SqueezeExciteError: an argument is not what is expected, or the plan does not fit the model.
@@ -110,10 +111,10 @@ def plan(
     With `example_inputs`, every site shows its spatial size and cost; nothing is computed for that.
 
     >>> print(plan(nn.Sequential(nn.Conv2d(3, 256, 3), nn.ReLU()), example_inputs=torch.zeros(1, 3, 8, 8)))
-    1 site, 0 skipped
-    conv      channels    hidden  spatial      parameters    MACs
-    ------  ----------  --------  ---------  ------------  ------
-    0              256        64  6x6              32,768  32,768
+    1 site, 0 Conv2d layers skipped
+    after      channels    hidden    spatial    parameters    MACs    of model
+    -------  ----------  --------  ---------  ------------  ------  ----------
+    0               256        64        6x6        32,768  32,768    13.169 %
     """
     options = _options(
         unknown,

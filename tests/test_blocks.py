@@ -17,7 +17,12 @@ from se_fx import SqueezeExcite2d, SqueezeExciteError
 def test_is_composers_block_layer_by_layer() -> None:
     block = SqueezeExcite2d(12, latent_channels=0.25)
     composers = nn.Sequential(
-        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(12, 3, bias=False), nn.ReLU(), nn.Linear(3, 12, bias=False), nn.Sigmoid()
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(12, 3, bias=False),
+        nn.ReLU(),
+        nn.Linear(3, 12, bias=False),
+        nn.Sigmoid(),
     )
     composers[2].weight, composers[4].weight = block.fc1.weight, block.fc2.weight
     x = torch.randn(2, 12, 5, 7)

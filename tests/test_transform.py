@@ -82,7 +82,9 @@ def test_latent_channels_as_a_fraction_of_the_channels(cnn: nn.Sequential) -> No
 
 def test_min_channels_auto() -> None:
     assert {s.channels for s in se_fx.plan(torchvision.models.resnet50(), min_channels="auto").sites} == {512, 1024, 2048}
-    assert {s.channels for s in se_fx.plan(nn.Sequential(nn.Conv2d(3, 8, 1), nn.Conv2d(8, 24, 1)), min_channels="auto").sites} == {24}
+    assert {
+        s.channels for s in se_fx.plan(nn.Sequential(nn.Conv2d(3, 8, 1), nn.Conv2d(8, 24, 1)), min_channels="auto").sites
+    } == {24}
 
 
 def test_where_takes_patterns_and_predicates() -> None:
@@ -215,7 +217,9 @@ def test_trains(cnn: nn.Sequential) -> None:
         optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < losses[0]
-    assert all(not torch.equal(value, before[key]) for key, value in gm.named_parameters() if "fc2" in key or "squeeze" not in key)
+    assert all(
+        not torch.equal(value, before[key]) for key, value in gm.named_parameters() if "fc2" in key or "squeeze" not in key
+    )
 
 
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m)), copy.copy])
@@ -321,9 +325,15 @@ def test_bad_options_are_named_and_change_nothing(cnn: nn.Sequential, options: d
         (nn.Linear(2, 2), "model: Linear has no nn.Conv2d"),
         ("resnet50", "model=str: expected an nn.Module"),
         (None, "model=NoneType: expected an nn.Module"),
-        (nn.Sequential(nn.LazyConv2d(8, 3)), "model's submodule '0' has the uninitialised lazy parameter 'weight': run the model once"),
+        (
+            nn.Sequential(nn.LazyConv2d(8, 3)),
+            "model's submodule '0' has the uninitialised lazy parameter 'weight': run the model once",
+        ),
         (nn.Sequential(torch.jit.script(nn.Sequential(nn.Conv2d(3, 8, 1)))), "model's submodule '0' is TorchScript"),
-        (torch.compile(nn.Conv2d(3, 256, 1)), "model is compiled or wrapped already (OptimizedModule): transform the plain model first"),
+        (
+            torch.compile(nn.Conv2d(3, 256, 1)),
+            "model is compiled or wrapped already (OptimizedModule): transform the plain model first",
+        ),
         (nn.DataParallel(nn.Conv2d(3, 256, 1)), "model is compiled or wrapped already (DataParallel)"),
     ],
 )
