@@ -168,16 +168,21 @@ def _count(model: nn.Module, args: Any, kwargs: Any, watched: Mapping[str, str],
         module.register_forward_pre_hook(lambda _module, _args, key=key: counting.inside.append(key), prepend=True)
         module.register_forward_hook(lambda _module, _args, output, key=key: counting.leave(key, output))
         measurement.parts[key] = Cost(params=sum(parameter.numel() for parameter in module.parameters()))
-    with torch.no_grad(), _random_state_kept(), counting:
+    with torch.no_grad(), torch.random.fork_rng(), _no_fast_path(), counting:
         model(*args, **kwargs)
     measurement.total += Cost(params=sum(parameter.numel() for parameter in model.parameters()))
     return measurement
 
 
 @contextlib.contextmanager
-def _random_state_kept() -> Iterator[None]:
-    with torch.random.fork_rng():
+def _no_fast_path() -> Iterator[None]:
+    """Have attention run operator by operator: what its fused kernel multiplies is in nobody's tables."""
+    enabled = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
         yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(enabled)
 
 
 class _Counting(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -197,8 +202,9 @@ class _Counting(TorchDispatchMode):  # type: ignore[no-untyped-call]
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
         macs, flops = self._operations(func, args, kwargs, out)
-        tensors = [t for t in tree_leaves((args, kwargs, out)) if isinstance(t, Tensor)]
-        moved = 0 if func.is_view else sum(t.numel() * t.element_size() for t in tensors)
+        moves = not func.is_view and any(isinstance(leaf, Tensor) for leaf in tree_leaves(out))
+        tensors = [t for t in tree_leaves((args, kwargs, out)) if isinstance(t, Tensor)] if moves else []
+        moved = sum(t.numel() * t.element_size() for t in tensors)
         cost = Cost(macs=macs, flops=flops, bytes=moved)
         self.measurement.total += cost
         if self.inside:
@@ -241,6 +247,13 @@ def _window(args: Any, out: Any) -> int:
     return _written(args, out) * int(height) * int(width)
 
 
+def _attention(args: Any, out: Any) -> int:
+    """Two matrix products and a softmax, (N, heads, L, E) x (N, heads, S, E); PyTorch's counter has it for GPUs only."""
+    query, key, value = args[:3]
+    scores = query.numel() // query.shape[-1] * key.shape[-2]
+    return int(scores * (2 * query.shape[-1] + 2 * value.shape[-1] + 5))
+
+
 #: FLOPs of operators that compute, but neither multiply matrices nor work pointwise, from arguments and result.
 RULES: dict[str, Callable[[Any, Any], int]] = {
     **dict.fromkeys(("mean", "sum", "amax", "amin", "max", "min", "argmax", "prod", "var", "std", "var_mean"), _read),
@@ -253,6 +266,7 @@ RULES: dict[str, Callable[[Any, Any], int]] = {
     **dict.fromkeys(("native_layer_norm", "native_group_norm"), _per_element(6)),
     # maximum, difference, exponential, sum, quotient
     **dict.fromkeys(("_softmax", "_log_softmax"), _per_element(5)),
+    "_scaled_dot_product_flash_attention_for_cpu": _attention,
     "upsample_bilinear2d": _per_element(7),
     "upsample_bicubic2d": _per_element(39),
     "grid_sampler_2d": _per_element(7),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -54,5 +55,6 @@ class Joining:
             group["params"].extend(parameters)
             if type(optimizer).__module__.startswith("torch.optim") and optimizer.state:
                 # Some (Adagrad) make a parameter's state when they are constructed, not in the first step.
-                settings = {name: group[name] for name in optimizer.defaults if name in group}
+                accepted = inspect.signature(type(optimizer)).parameters
+                settings = {name: value for name, value in group.items() if name in accepted and name != "params"}
                 optimizer.state.update(type(optimizer)(parameters, **settings).state)

@@ -58,9 +58,9 @@ def called_module(node: fx.Node, root: nn.Module) -> nn.Module | None:
 
 # ------------------------------------------------------------------------------------------------------------- attention
 def attention_convs(graph: fx.Graph, root: nn.Module) -> set[str]:
-    """Convs that compute a gate: between a pooling to 1x1 and a multiplication with a value that is not pooled.
+    """Convs that compute a gate: between a pooling to 1x1 and a product (or sum) with a value that is not pooled.
 
-    Recognised by dataflow, so whoever wrote the gate. A head's convs after global pooling lead to no multiplication,
+    Recognised by dataflow, so whoever wrote the gate. A head's convs after global pooling lead back to no feature map,
     and are no gate's.
     """
     pooled: set[fx.Node] = set()
@@ -69,7 +69,7 @@ def attention_convs(graph: fx.Graph, root: nn.Module) -> set[str]:
         sources = [source for source in node.all_input_nodes if _is_data(source)]
         if _pools_globally(node, root) or (sources and all(source in pooled for source in sources)):
             pooled.add(node)
-        elif _multiplies(node):
+        elif _merges(node):
             gates += [source for source in sources if source in pooled]
     found: set[str] = set()
     seen: set[fx.Node] = set()
@@ -84,7 +84,8 @@ def attention_convs(graph: fx.Graph, root: nn.Module) -> set[str]:
     return found
 
 
-_MULTIPLICATIONS = {operator.mul, operator.imul, torch.mul, torch.multiply, "mul", "mul_", "multiply", "multiply_"}
+_MERGES = {operator.mul, operator.imul, torch.mul, torch.multiply, "mul", "mul_", "multiply", "multiply_"}
+_MERGES |= {operator.add, operator.iadd, torch.add, "add", "add_"}
 _SPATIAL = ({-1, -2}, {2, 3})
 _POOLS = (nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d)
 _POOL_FUNCTIONS = {F.adaptive_avg_pool2d, F.adaptive_max_pool2d}
@@ -92,8 +93,8 @@ _REDUCTIONS = {torch.mean, torch.amax, torch.sum, torch.logsumexp, "mean", "amax
 _AVG_POOLS = {F.avg_pool2d, F.max_pool2d, torch.nn.functional.lp_pool2d}
 
 
-def _multiplies(node: fx.Node) -> bool:
-    return node.op in ("call_function", "call_method") and node.target in _MULTIPLICATIONS
+def _merges(node: fx.Node) -> bool:
+    return node.op in ("call_function", "call_method") and node.target in _MERGES
 
 
 def _is_data(node: fx.Node) -> bool:
@@ -123,6 +124,8 @@ def _pools_globally(node: fx.Node, root: nn.Module) -> bool:
     if node.target in _AVG_POOLS:  # over a window as large as the input, read off its shape
         window = _argument(node, 1, "kernel_size")
         return any(isinstance(part, fx.Node) for part in (window if isinstance(window, (list, tuple)) else [window]))
+    if node.op == "call_method" and node.target in ("view", "reshape"):  # to (..., 1, 1), after a weighted sum over space
+        return len(node.args) == 5 and node.args[-2:] == (1, 1)
     if node.target in _REDUCTIONS:
         dims = _argument(node, 1, "dim")
         if isinstance(dims, (list, tuple)):

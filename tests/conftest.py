@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import os
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)
 

@@ -1,0 +1,57 @@
+"""Every torchvision model with a Conv2d: bitwise identity, keys, Parameter objects and at least one site. Slow: `-m zoo`."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import zoo
+
+DETECTION = ("rcnn", "retinanet", "fcos", "ssd")
+#: In train mode, one model of every family; detection models need targets then, see test_detection.py.
+TRAINED = {
+    "alexnet", "convnext_tiny", "densenet121", "efficientnet_b0", "efficientnet_v2_s", "googlenet", "inception_v3",
+    "maxvit_t", "mnasnet0_5", "mobilenet_v2", "mobilenet_v3_small", "regnet_x_400mf", "regnet_y_400mf", "resnet18",
+    "resnext50_32x4d", "shufflenet_v2_x0_5", "squeezenet1_0", "swin_t", "swin_v2_t", "vgg11_bn", "vit_b_32",
+    "wide_resnet50_2", "deeplabv3_mobilenet_v3_large", "fcn_resnet50", "lraspp_mobilenet_v3_large", "raft_small",
+    "quantized_resnet18", "quantized_mobilenet_v2", "quantized_googlenet", "quantized_shufflenet_v2_x0_5",
+}  # fmt: skip
+#: They hold no nn.Conv2d but Conv3d.
+VIDEO = {"mc3_18", "mvit_v1_b", "mvit_v2_s", "r2plus1d_18", "r3d_18", "s3d", "swin3d_b", "swin3d_s", "swin3d_t"}
+
+
+@pytest.mark.zoo
+@pytest.mark.parametrize("name", zoo.torchvision_names())
+@torch.no_grad()
+def test_torchvision(name: str) -> None:
+    row = zoo.check(name, zoo.torchvision_attempts, (False, True) if name in TRAINED else (False,))
+    assert (row is None) == (name in VIDEO)
+    if row is not None:
+        assert row.result == "equal"
+        assert row.sites > 0
+        assert row.kind == ("own class" if any(word in name for word in DETECTION) or name.startswith("raft") else "graph")
+
+
+FAMILIES = """
+resnet18 resnetv2_50 resnext26ts seresnet18 legacy_seresnet18 resnest14d skresnet18 ecaresnet26t gcresnet33ts res2net50_26w_4s
+regnetx_002 regnety_002 regnetz_b16 densenet121 dla34 dpn48b hrnet_w18_small inception_v3 inception_v4 inception_resnet_v2
+xception41 nasnetalarge pnasnet5large vgg11_bn darknet17 cspresnet50 cspdarknet53 efficientnet_b0 efficientnet_lite0
+efficientnetv2_rw_t tf_efficientnet_b0 mixnet_s mnasnet_050 mobilenetv1_100 mobilenetv2_035 mobilenetv3_small_050
+mobilenetv4_conv_small fbnetc_100 spnasnet_100 ghostnet_100 ghostnetv2_100 hardcorenas_a lcnet_035 tinynet_e rexnet_100
+selecsls42 tresnet_m repvgg_a0 mobileone_s0 nf_regnet_b0 nfnet_l0 convnext_atto convnextv2_atto convmixer_768_32
+edgenext_xx_small poolformer_s12 mobilevit_xxs mobilevitv2_050 fastvit_t8 repghostnet_050 repvit_m0_9 starnet_s1 hgnet_tiny
+vovnet39a ese_vovnet19b_dw efficientvit_b0 efficientvit_m0 efficientformer_l1 efficientformerv2_s0 inception_next_atto
+focalnet_tiny_srf gernet_s eca_botnext26ts_256 halonet26t lambda_resnet26t coatnet_nano_rw_224 maxvit_rmlp_pico_rw_256
+levit_128s visformer_tiny convit_tiny crossvit_tiny_240 pvt_v2_b0 twins_pcpvt_small xcit_nano_12_p16_224 coat_tiny
+vit_tiny_patch16_224 deit_tiny_patch16_224 swin_tiny_patch4_window7_224 swinv2_cr_tiny_ns_224 mixer_s32_224 gmlp_s16_224
+resmlp_12_224 cait_xxs24_224 volo_d1_224 davit_tiny nextvit_small tiny_vit_5m_224 mambaout_femto hiera_tiny_224
+""".split()
+
+
+@pytest.mark.zoo
+@pytest.mark.parametrize("name", FAMILIES)
+@torch.no_grad()
+def test_timm(name: str) -> None:
+    row = zoo.check(name, zoo.timm_attempts, (False,))
+    assert row is not None
+    assert row.result == "equal"
+    assert row.sites > 0
