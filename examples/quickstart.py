@@ -41,7 +41,7 @@ def photo(name: str) -> Tensor:
 def train_new_parameters(model: nn.Module, images: Tensor, labels: Tensor, steps: int = 8) -> None:
     """A few steps of the new parameters alone, all others frozen."""
     new = [p for name, p in model.named_parameters() if "squeeze_excite" in name.split(".")]
-    optimizer = torch.optim.AdamW(new, lr=1e-3)
+    optimizer = torch.optim.AdamW(new, lr=2e-4)
     for step in range(steps):
         loss = F.cross_entropy(model(images), labels, label_smoothing=0.1)
         gradients = torch.autograd.grad(loss, new)
@@ -58,7 +58,8 @@ def main() -> None:
     images = torch.cat([photo(name) for name in PHOTOS])
     labels = torch.tensor([label for label, _ in PHOTOS.values()])
 
-    model = se_fx.transform(original, min_channels=192, latent_channels=1 / 8, init="identity")
+    # After the depthwise convs, where EfficientNet-B0 has its blocks.
+    model = se_fx.transform(original, min_channels=192, latent_channels=1 / 24, init="identity", where="*_depthwise_conv")
 
     with torch.no_grad():
         before, after = original(images), model(images)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 from dataclasses import dataclass
 from typing import Any
 
@@ -106,7 +105,7 @@ class Report:
 
 
 def _some(names: list[str]) -> str:
-    shown = list(itertools.islice(names, 4))
+    shown = names[:3]
     return ", ".join(shown) + (f", and {len(names) - len(shown)} more" if len(names) > len(shown) else "")
 
 

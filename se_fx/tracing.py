@@ -136,18 +136,15 @@ class Tracer(fx.Tracer):
 class _Value(fx.Proxy):
     """A traced value. To the code being traced, `isinstance(value, Tensor)` is what it will be when the graph runs."""
 
-    @property
-    def __class__(self) -> Any:
+    def _class_seen(self) -> Any:
         frame = sys._getframe(1)
         ours = frame.f_code.co_filename.startswith(_TORCH) and frame.f_code.co_name != "is_tensor"
         return _Value if ours or _is_size(self.node) else Tensor
 
+    __class__ = property(_class_seen)
+
     def __setitem__(self, key: Any, value: Any) -> None:
         self.tracer.create_proxy("call_function", operator.setitem, (self, key, value), {})
-
-    @__class__.setter
-    def __class__(self, value: Any) -> None:
-        raise AttributeError
 
 
 _TORCH = os.path.dirname(torch.__file__) + os.sep

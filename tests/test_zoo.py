@@ -44,7 +44,7 @@ focalnet_tiny_srf gernet_s eca_botnext26ts_256 halonet26t lambda_resnet26t coatn
 levit_128s visformer_tiny convit_tiny crossvit_tiny_240 pvt_v2_b0 twins_pcpvt_small xcit_nano_12_p16_224 coat_tiny
 vit_tiny_patch16_224 deit_tiny_patch16_224 swin_tiny_patch4_window7_224 swinv2_cr_tiny_ns_224 mixer_s32_224 gmlp_s16_224
 resmlp_12_224 cait_xxs24_224 volo_d1_224 davit_tiny nextvit_small tiny_vit_5m_224 mambaout_femto hiera_tiny_224
-""".split()
+""".split()  # noqa: SIM905
 
 
 @pytest.mark.zoo
