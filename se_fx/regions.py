@@ -13,7 +13,7 @@ import functools
 import types
 import weakref
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx, nn
@@ -80,14 +80,14 @@ def _carry(value: Any, memo: dict[int, Any]) -> Any:
 
 
 def _carry_dict(value: Any, memo: dict[int, Any]) -> Any:
-    memo[id(value)] = copied = copy.copy(value)
+    memo[id(value)] = copied = value.copy()
     for key, item in value.items():
         copied[key] = _carry(item, memo)
     return copied
 
 
 def _carry_list(value: Any, memo: dict[int, Any]) -> Any:
-    memo[id(value)] = copied = copy.copy(value)
+    memo[id(value)] = copied = value.copy()
     for position, item in enumerate(value):
         copied[position] = _carry(item, memo)
     return copied
@@ -151,8 +151,8 @@ class Inserted(nn.Module):
 
 
 def view(module: nn.Module, graph: fx.Graph) -> fx.GraphModule:
-    """A plain `fx.GraphModule` of `graph` over the children and tensors of `module`, for passes to work on."""
-    return fx.GraphModule(module, graph, own_class(module).__name__)
+    """An `fx.GraphModule` of `graph` over the children and tensors of `module`, for passes to work on."""
+    return GraphRegion(module, graph, own_class(module).__name__)
 
 
 def graphs_of(module: nn.Module) -> dict[bool, fx.Graph] | None:
@@ -186,18 +186,22 @@ def run_graphs(module: nn.Module, views: Mapping[bool, fx.GraphModule], *, as_gr
         views: the `view` to run by `training`; one object under both keys where the modes agree.
         as_graph_module: become an `fx.GraphModule`, instead of a subclass of the module's own class.
     """
-    own = type(module)
+    own: Any = type(module)
     graphs = {training: views[training].graph for training in (True, False)}
+    forwards = {training: type(views[training]).forward for training in (True, False)}
     if as_graph_module:
-        shell = _empty_graph_region(own, module.__dict__.get("_graph"))
-        type(shell)._added = tuple(name for name in shell.__dict__ if name not in module.__dict__)
-        module.__dict__.update({name: shell.__dict__[name] for name in type(shell)._added})
-        module.__dict__.update(_graphs=graphs, _graph=graphs[module.training])
-        module.__class__ = type(shell)
-        module.recompile()  # type: ignore[operator]
+        current = views[module.training]
+        region: Any = type(current)
+        region._own_class, region._own_graph = own, module.__dict__.get("_graph")
+        region._added = tuple(name for name in current.__dict__ if name not in module.__dict__)
+        region.forward, region.__name__ = _by_mode(forwards), own.__name__
+        module.__dict__.update({name: current.__dict__[name] for name in (*region._added, "_graph")})
+        for graph in graphs.values():
+            graph.owning_module = cast("fx.GraphModule", module)
     else:
-        module.__dict__["_graphs"] = graphs
-        module.__class__ = _region_class(own, {training: type(views[training]).forward for training in (True, False)})
+        region = _region_class(own, forwards)
+    module.__dict__["_graphs"] = graphs
+    module.__class__ = region
 
 
 def restore_code(module: nn.Module) -> None:
@@ -256,12 +260,12 @@ class _Region:
         # Graphs have no stable pickled form; fx pickles their generated code, and traces that again on loading.
         module: nn.Module = self  # type: ignore[assignment]
         graphs = self.__dict__["_graphs"]
-        views = {graph: view(module, graph) for graph in set(graphs.values())}
+        views = {graph: fx.GraphModule(module, graph) for graph in set(graphs.values())}
         state = {
             "attributes": {name: value for name, value in self.__dict__.items() if name not in ("_graphs", "_graph")},
             "added": self._added,
             "views": {training: views[graph] for training, graph in graphs.items()},
-            "own": view(module, self._own_graph) if self._own_graph else None,
+            "own": fx.GraphModule(module, self._own_graph) if self._own_graph else None,
         }
         own = fx.GraphModule if self._own_graph else self._own_class
         return _unpickled, (own, isinstance(self, fx.GraphModule)), state
@@ -274,7 +278,9 @@ class _Region:
         module.__class__ = own if state["own"] is None else type(state["own"])
         if state["own"] is not None:
             module.__dict__["_graph"] = state["own"].graph
-        run_graphs(module, state["views"], as_graph_module=as_graph_module)
+        views = {plain: view(plain, plain.graph) for plain in state["views"].values()}
+        by_mode = {training: views[plain] for training, plain in state["views"].items()}
+        run_graphs(module, by_mode, as_graph_module=as_graph_module)
         type(module)._added = state["added"]  # type: ignore[attr-defined]
 
 
