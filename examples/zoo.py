@@ -102,13 +102,15 @@ def torchvision_attempts(name: str) -> Iterator[Attempt]:
         options["init_weights"] = False
     package = builder.__module__
     if ".detection" in package:
+        if "ssd" not in name:  # else images are scaled to 800 pixels
+            options |= {"min_size": 64, "max_size": 96}
         inputs: list[Any] = [([torch.rand(3, 64, 80), torch.rand(3, 96, 64)],)]
     elif ".optical_flow" in package:
         inputs = [(torch.rand(1, 3, 128, 128) * 2 - 1, torch.rand(1, 3, 128, 128) * 2 - 1)]
     elif ".video" in package:
         inputs = [(torch.rand(2, 3, frames, size, size),) for frames, size in ((4, 32), (16, 64), (16, 224))]
     else:
-        inputs = [(torch.rand(2, 3, size, size),) for size in (32, 64, 96, 224)]
+        inputs = [(torch.rand(2, 3, size, size),) for size in (32, 64, 96, 224, 299)]
     for args in inputs:
         if ".vision_transformer" in package and args[0].shape[-1] % 32 == 0:
             options["image_size"] = args[0].shape[-1] // 32 * 28 if name.endswith("14") else args[0].shape[-1]
@@ -163,26 +165,36 @@ def check(name: str, attempts: Callable[[str], Iterator[Attempt]], modes: tuple[
     failure = ""
     for build, args in attempts(name):
         try:
-            with torch.device("meta"):
-                meta = build()
-            size = sum(p.numel() * p.element_size() for p in meta.parameters())
-            if not any(isinstance(module, nn.Conv2d) for module in meta.modules()):
+            size, has_convs = describe(build)
+            if not has_convs:
                 return None
             if size > MEMORY_LIMIT:
                 return Row(name, result=f"not run: {size / 2**30:.0f} GiB of parameters")
-            model = with_noise(build).eval()
-            model(*args)
+            model = with_noise(build)
+            for training in modes:
+                model.train(training)(*args)
         except Exception as error:
             failure = f"the original fails: {type(error).__name__}: {error}"[:100]
             continue
         start = time.perf_counter()
-        rewritten = se_fx.transform(model, min_channels=1, latent_channels=4, init="identity")
+        rewritten = se_fx.transform(model.eval(), min_channels=1, latent_channels=4, init="identity")
         seconds = time.perf_counter() - start
         report = se_fx.report(rewritten)
         kind = "graph" if "" in report.regions else "own class"
         result = compare(model, rewritten, args, modes) if report.sites else "no site"
         return Row(name, kind, len(report.regions), len(report.sites), seconds, result)
     return Row(name, result=failure)
+
+
+def describe(build: Callable[[], nn.Module]) -> tuple[int, bool]:
+    """The bytes of a model's parameters, and whether it has a Conv2d; built on the meta device where that works."""
+    try:
+        with torch.device("meta"):
+            model = build()
+    except (RuntimeError, NotImplementedError):  # reads values while it builds itself
+        model = with_noise(build)
+    size = sum(p.numel() * p.element_size() for p in model.parameters())
+    return size, any(isinstance(module, nn.Conv2d) for module in model.modules())
 
 
 def compare(model: nn.Module, rewritten: nn.Module, args: tuple[Any, ...], modes: tuple[bool, ...]) -> str:
