@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import functools
-import itertools
 import operator
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, fx, nn
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
@@ -18,10 +16,11 @@ from se_fx.errors import SqueezeExciteError
 from se_fx.regions import Inserted, add_constants, clone, restore_code, run_graphs, view
 from se_fx.tracing import Tracer
 
-__all__ = ["CONTAINER", "InsertBlocks", "Insertion", "attach", "detach", "insert"]
+__all__ = ["CONTAINER", "InsertBlocks", "Insertion", "attach", "blocks_of", "insert", "withdraw"]
 
 #: The child of a region that holds the blocks inserted there, and of a lone Conv2d that is its block.
 CONTAINER = "squeeze_excite"
+_CONTAINER = "_squeeze_excite_container"  # attribute of a region: its container's name
 
 
 @dataclass(frozen=True)
@@ -115,63 +114,53 @@ def _rewrite(module: nn.Module, region: Region, insertions: list[Insertion]) -> 
             for each in insertions
         )(views[graph])
     for each in insertions:
-        inserted = module.get_submodule(container)
-        assert isinstance(inserted, Inserted)
-        inserted.add(each.name, each.block)
+        cast("Inserted", module.get_submodule(container)).add(each.name, each.block)
     by_mode = {training: views[graph] for training, graph in region.graphs.items()}
     run_graphs(module, by_mode, as_graph_module=not region.path)
 
 
 def _copied(graph: fx.Graph) -> tuple[fx.Graph, dict[fx.Node, fx.Node]]:
     copied = fx.Graph(tracer_cls=Tracer)
-    twin: dict[fx.Node, Any] = {}
-    output = copied.graph_copy(graph, twin, return_output_node=True)
-    assert isinstance(output, tuple)
-    value, original = output
-    twin[original] = copied.output(value, type_expr=original.type)
-    copied._codegen = graph._codegen
+    twin: dict[fx.Node, fx.Node] = {}
+    value, output = cast("tuple[Any, fx.Node]", copied.graph_copy(graph, twin, return_output_node=True))
+    twin[output] = copied.output(value, type_expr=output.type)
     return copied, twin
 
 
 def _container(module: nn.Module) -> str:
-    """The name of the module's container of blocks, which is made if there is none."""
-    for name in itertools.chain([CONTAINER], (f"se_fx{i}.{CONTAINER}" for i in itertools.count())):
-        try:
-            found: Any = module.get_submodule(name)
-        except AttributeError:
-            if hasattr(module, name.partition(".")[0]):
-                continue
-            outer, _, last = name.rpartition(".")
-            if outer:
-                module.add_module(outer, nn.Module())
-            module.get_submodule(outer).add_module(last, Inserted())
-            return name
-        if isinstance(found, Inserted):
-            return name
-    raise AssertionError("unreachable")
+    """The name of a region's container of blocks, which is made if there is none."""
+    if _CONTAINER not in module.__dict__:
+        taken = hasattr(module, CONTAINER)  # by a child of the model's own
+        if taken:
+            module.add_module("se_fx", nn.Module())
+        (module.get_submodule("se_fx") if taken else module).add_module(CONTAINER, Inserted())
+        module.__dict__[_CONTAINER] = f"se_fx.{CONTAINER}" if taken else CONTAINER
+    return str(module.__dict__[_CONTAINER])
 
 
 def blocks_of(model: nn.Module) -> dict[str, str]:
     """The qualified names of all inserted blocks in a rewritten model, by the qualified names of their sites."""
     found: dict[str, str] = {}
     for path, module in model.named_modules():
-        if isinstance(module, Inserted):
-            region = re.sub(rf"(^|\.)(se_fx\d+\.)?{CONTAINER}$", "", path)
-            found.update({f"{region}.{name}".lstrip("."): f"{path}.{name}" for name in module.names})
+        region = f"{path}." if path else ""
+        if _CONTAINER in module.__dict__:
+            container = module.__dict__[_CONTAINER]
+            names = cast("Inserted", module.get_submodule(container)).names
+            found.update({f"{region}{name}": f"{region}{container}.{name}" for name in names})
         elif _excite in module._forward_hooks.values():
-            found[path] = f"{path}.{CONTAINER}".lstrip(".")
+            found[path] = f"{region}{CONTAINER}"
     return found
 
 
 def withdraw(module: nn.Module) -> None:
     """Undo what `insert` or `attach` did to one module, in place. Nothing to do for other modules."""
-    detach(module)
     restore_code(module)
-    for name, child in list(module._modules.items()):
-        if isinstance(child, Inserted) or (
-            child and any(isinstance(inner, Inserted) for inner in child.children()) and re.fullmatch(r"se_fx\d+", name)
-        ):
-            del module._modules[name]
+    if _CONTAINER in module.__dict__:
+        del module._modules[module.__dict__.pop(_CONTAINER).split(".")[0]]
+    for key, hook in list(module._forward_hooks.items()):
+        if hook is _excite:
+            del module._forward_hooks[key]
+            del module._modules[CONTAINER]
 
 
 # ------------------------------------------------------------------------------------------------------------ lone convs
@@ -179,14 +168,6 @@ def attach(conv: nn.Module, block: nn.Module) -> None:
     """Scale what `conv` returns by `block`, wherever it is called from, in place. The conv keeps its class and keys."""
     conv.add_module(CONTAINER, block)
     conv.register_forward_hook(_excite)
-
-
-def detach(conv: nn.Module) -> None:
-    """Undo `attach`, in place. Nothing to do for other modules."""
-    for key, hook in list(conv._forward_hooks.items()):
-        if hook is _excite:
-            del conv._forward_hooks[key]
-            del conv._modules[CONTAINER]
 
 
 def _excite(conv: nn.Module, args: Any, output: Tensor) -> Tensor:

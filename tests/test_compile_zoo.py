@@ -22,7 +22,7 @@ def test_fullgraph(name: str) -> None:
         build, args = list(zoo.torchvision_attempts(name))[-1]
     model = zoo.with_noise(build).eval()
     args = tuple(arg[:1] for arg in args)
-    rewritten = se_fx.transform(model, min_channels=1, latent_channels=4)
+    rewritten = se_fx.transform(model, min_channels="auto", latent_channels=4)
     torch._dynamo.reset()
     try:
         actual = torch.compile(rewritten, fullgraph=True, backend="aot_eager")(*args)

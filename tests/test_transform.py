@@ -136,6 +136,17 @@ def test_a_shared_conv_has_one_block_applied_at_each_call() -> None:
     assert {"conv.weight", "same.weight"} <= gm.state_dict().keys()
 
 
+def test_a_lone_conv_stays_a_conv() -> None:
+    conv = nn.Conv2d(3, 256, 3)
+    result = se_fx.transform(conv)
+    assert type(result) is nn.Conv2d
+    assert list(result.state_dict()) == ["weight", "bias", "squeeze_excite.fc1.weight", "squeeze_excite.fc2.weight"]
+    x = torch.randn(1, 3, 8, 8)
+    assert torch.equal(result(x), result.squeeze_excite(conv(x)))
+    assert torch.equal(se_fx.remove(result)(x), conv(x))
+    assert [site.name for site in se_fx.report(result, x).sites] == [""]
+
+
 # -------------------------------------------------------------------------------------------------------------- identity
 @pytest.mark.parametrize("name", ["resnet50", "mobilenet_v2", "densenet121", "vgg11_bn"])
 @pytest.mark.parametrize("training", [False, True])
