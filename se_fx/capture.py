@@ -48,9 +48,9 @@ class Region:
         """The Conv2d modules the region calls, with their names in it; a lone Conv2d's is empty."""
         if self.graphs is None:
             return {self.module: ""}
-        called = [str(n.target) for graph in self.graphs.values() for n in graph.nodes if n.op == "call_module"]
-        modules = {self.module.get_submodule(target): target for target in reversed(called)}
-        return {module: name for module, name in modules.items() if isinstance(module, nn.Conv2d)}
+        called = {str(node.target) for graph in self.graphs.values() for node in graph.nodes if node.op == "call_module"}
+        modules = dict(self.module.named_modules(remove_duplicate=False))
+        return {modules[name]: name for name in sorted(called) if isinstance(modules[name], nn.Conv2d)}
 
     def qualified(self, name: str) -> str:
         """The name in the model of what is called `name` in the region."""

@@ -102,19 +102,21 @@ def _rewrite(module: nn.Module, region: Region, insertions: list[Insertion]) -> 
     assert region.graphs is not None
     restore_code(module)
     add_constants(module, region.constants)
-    container = _container(module) if insertions else CONTAINER
+    container = _container(module) if insertions else ""
+    for each in insertions:
+        cast("Inserted", module.get_submodule(container)).add(each.name, each.block)
     views: dict[fx.Graph, fx.GraphModule] = {}
     for training, graph in region.graphs.items():
         if graph in views:
             continue
         copied, twin = _copied(graph)
         views[graph] = view(module, copied)
+        if container:
+            views[graph].add_submodule(container, module.get_submodule(container))
         InsertBlocks(
             (f"{container}.{each.name}", each.block, tuple(twin[node] for node in each.nodes.get(training, ())))
             for each in insertions
         )(views[graph])
-    for each in insertions:
-        cast("Inserted", module.get_submodule(container)).add(each.name, each.block)
     by_mode = {training: views[graph] for training, graph in region.graphs.items()}
     run_graphs(module, by_mode, as_graph_module=not region.path)
 

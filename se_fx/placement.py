@@ -6,7 +6,7 @@ A policy is a function ``(graph, root) -> Iterator[Spot]``, `root` being the mod
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,13 +37,12 @@ Policy = Callable[[fx.Graph, nn.Module], Iterator[Spot]]
 
 def conv(graph: fx.Graph, root: nn.Module) -> Iterator[Spot]:
     """Directly after each Conv2d (MosaicML Composer's placement): one block for a module, applied at each of its calls."""
-    calls: dict[nn.Module, list[fx.Node]] = {}
+    modules, calls = _modules(root), dict[nn.Conv2d, list[fx.Node]]()
     for node in graph.nodes:
-        module = called_module(node, root)
+        module = _called(node, modules)
         if isinstance(module, nn.Conv2d):
             calls.setdefault(module, []).append(node)
     for module, nodes in calls.items():
-        assert isinstance(module, nn.Conv2d)
         yield Spot(str(nodes[0].target), module.out_channels, tuple(nodes))
 
 
@@ -51,9 +50,16 @@ def conv(graph: fx.Graph, root: nn.Module) -> Iterator[Spot]:
 PLACEMENTS: dict[str, Policy] = {"conv": conv}
 
 
-def called_module(node: fx.Node, root: nn.Module) -> nn.Module | None:
+Modules = Mapping[str, nn.Module]  # by qualified name
+
+
+def _modules(root: nn.Module) -> Modules:
+    return dict(root.named_modules(remove_duplicate=False))
+
+
+def _called(node: fx.Node, modules: Modules) -> nn.Module | None:
     """The module that a `call_module` node calls; None for other nodes."""
-    return root.get_submodule(str(node.target)) if node.op == "call_module" else None
+    return modules[str(node.target)] if node.op == "call_module" else None
 
 
 # ------------------------------------------------------------------------------------------------------------- attention
@@ -63,11 +69,12 @@ def attention_convs(graph: fx.Graph, root: nn.Module) -> set[str]:
     Recognised by dataflow, so whoever wrote the gate. A head's convs after global pooling lead back to no feature map,
     and are no gate's.
     """
+    modules = _modules(root)
     pooled: set[fx.Node] = set()
     gates: list[fx.Node] = []
     for node in graph.nodes:
         sources = [source for source in node.all_input_nodes if _is_data(source)]
-        if _pools_globally(node, root) or (sources and all(source in pooled for source in sources)):
+        if _pools_globally(node, modules) or (sources and all(source in pooled for source in sources)):
             pooled.add(node)
         elif _merges(node):
             gates += [source for source in sources if source in pooled]
@@ -78,7 +85,7 @@ def attention_convs(graph: fx.Graph, root: nn.Module) -> set[str]:
         if node in seen or node not in pooled:
             continue
         seen.add(node)
-        if isinstance(called_module(node, root), nn.Conv2d):
+        if isinstance(_called(node, modules), nn.Conv2d):
             found.add(str(node.target))
         gates += node.all_input_nodes
     return found
@@ -112,9 +119,9 @@ def _only_sizes(node: fx.Node) -> bool:
     )
 
 
-def _pools_globally(node: fx.Node, root: nn.Module) -> bool:
+def _pools_globally(node: fx.Node, modules: Modules) -> bool:
     """Whether a node averages (or maximises, or sums) over all of H and W."""
-    module = called_module(node, root)
+    module = _called(node, modules)
     if module is not None:
         return any(isinstance(part, _POOLS) and _to_one(part.output_size) for part in module.modules())
     if node.op not in ("call_function", "call_method"):

@@ -62,8 +62,13 @@ def _shell(module: nn.Module) -> nn.Module:
 
 
 def _fill(module: nn.Module, shell: nn.Module, memo: dict[int, Any]) -> None:
+    attributes = shell.__dict__
     for name, value in module.__dict__.items():
-        shell.__dict__[name] = value if name in ("_graph", "_graphs") else _carry(value, memo)
+        carry = _CARRIED.get(type(value))
+        if carry is None or name == "_graphs":
+            attributes[name] = memo.get(id(value), value)
+        else:
+            attributes[name] = carry(value, memo)
     if isinstance(module, fx.GraphModule) and not isinstance(module, _Region):
         # fx keeps one class per GraphModule, since the class holds the generated code.
         fresh = fx.GraphModule(nn.Module(), fx.Graph(), type(module).__name__)
@@ -73,13 +78,13 @@ def _fill(module: nn.Module, shell: nn.Module, memo: dict[int, Any]) -> None:
 
 def _carry(value: Any, memo: dict[int, Any]) -> Any:
     """`value` with the modules in `memo` exchanged, built-in containers copied, all else shared."""
-    if id(value) in memo:
-        return memo[id(value)]
     carry = _CARRIED.get(type(value))
-    return value if carry is None else carry(value, memo)
+    return memo.get(id(value), value) if carry is None else carry(value, memo)
 
 
 def _carry_dict(value: Any, memo: dict[int, Any]) -> Any:
+    if id(value) in memo:
+        return memo[id(value)]
     memo[id(value)] = copied = value.copy()
     for key, item in value.items():
         copied[key] = _carry(item, memo)
@@ -87,6 +92,8 @@ def _carry_dict(value: Any, memo: dict[int, Any]) -> Any:
 
 
 def _carry_list(value: Any, memo: dict[int, Any]) -> Any:
+    if id(value) in memo:
+        return memo[id(value)]
     memo[id(value)] = copied = value.copy()
     for position, item in enumerate(value):
         copied[position] = _carry(item, memo)
@@ -94,7 +101,7 @@ def _carry_list(value: Any, memo: dict[int, Any]) -> Any:
 
 
 def _carry_tuple(value: tuple[Any, ...], memo: dict[int, Any]) -> Any:
-    items = tuple(_carry(item, memo) for item in value)
+    items = tuple([_carry(item, memo) for item in value])
     return items if any(a is not b for a, b in zip(items, value, strict=True)) else value
 
 

@@ -101,6 +101,8 @@ class Tracer(fx.Tracer):
 
     def create_arg(self, a: Any) -> Any:
         """Lower an argument, keeping the class of dicts that the model's callers may rely on."""
+        if type(a) is _Value:
+            return a.node
         if isinstance(a, nn.Module) and a in self.conv_holders:
             raise fx.proxy.TraceError(f"passes a {type(a).__name__} on to a function, which a graph can't look into")
         if isinstance(a, dict) and type(a) is not dict:
