@@ -12,8 +12,12 @@ Tracing happens on a scratch clone, so that whatever a model's code does to itse
 
 from __future__ import annotations
 
+import collections
+import functools
 import inspect
+import sys
 import threading
+import types
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -170,6 +174,8 @@ class _Tracing:
         return dict.fromkeys((True, False), graphs[False]) if _agree(graphs[True], graphs[False]) else graphs
 
     def _trace(self, training: bool, defaults: dict[str, Any] | None = None, watch: bool = False) -> fx.Graph:
+        if "forward" in self.module.__dict__:
+            raise Untraceable("its forward was replaced on the instance", self.called)
         snapshot = _Snapshot(self._inlined(), training)
         tracer = Tracer(self.opaque, self.conv_holders, defaults, watch)
         randomness = random_state()
@@ -258,49 +264,72 @@ _KEEPS_STATE = "keeps state in attributes, which a graph would not update"
 
 
 class _Snapshot:
-    """The attributes of modules before a trace, and their mode set to `training` for it."""
+    """All state that modules' code can reach in Python, before a trace; and their mode, set to `training` for it."""
 
     def __init__(self, modules: dict[str, nn.Module], training: bool) -> None:
         self.modules = modules
-        self.before = {name: {key: (v, _items(v)) for key, v in module.__dict__.items()} for name, module in modules.items()}
+        seen: set[int] = set()
+        self.before = {
+            name: [(container, _items(container)) for container in _containers(module.__dict__, seen)]
+            for name, module in modules.items()
+        }
+        self.modes = [(module, module.training) for module in modules.values()]
         for module in modules.values():
             module.training = training
 
     def undo(self) -> dict[str, nn.Module]:
-        """Set all back; returns the modules, by name, whose attributes were others than before."""
+        """Set all back; returns the modules, by name, whose code has changed any of it."""
+        for module, training in self.modes:
+            module.training = training
         changed: dict[str, nn.Module] = {}
-        for name, module in self.modules.items():
-            before = self.before[name]
-            after = {key: (value, _items(value)) for key, value in module.__dict__.items()}
-            module.training = before["training"][0]
-            if after.keys() == before.keys() and all(_is_same(after[key], before[key]) for key in after if key != "training"):
-                continue
-            changed[name] = module
-            module.__dict__.clear()
-            for key, (value, items) in before.items():
-                module.__dict__[key] = value
-                if isinstance(value, dict):
-                    value.clear()
-                    value.update(items)
-                elif isinstance(value, list):
-                    value[:] = items
+        for name, state in self.before.items():
+            for container, items in state:
+                if not _same(_items(container), items):
+                    changed[name] = self.modules[name]
+                    container.clear()
+                    (container.extend if isinstance(items, list) else container.update)(items)
         return changed
 
 
-def _items(value: Any) -> Any:
-    """What a container holds now; None for other values."""
-    if isinstance(value, dict):
-        return dict(value)
-    return list(value) if isinstance(value, (list, set)) else None
+def _containers(root: Any, seen: set[int]) -> Iterator[Any]:
+    """The built-in containers that are reachable from `root`, also through objects of classes that users define."""
+    stack = [root]
+    while stack:
+        value = stack.pop()
+        kind = type(value)
+        if kind in _ATOMS or id(value) in seen or isinstance(value, (nn.Module, Tensor, type, types.FunctionType)):
+            continue
+        seen.add(id(value))
+        if isinstance(value, (dict, list, set, collections.deque)):
+            yield value
+            stack += value.values() if isinstance(value, dict) else value
+        elif isinstance(value, tuple):
+            stack += value
+        elif isinstance(value, types.MethodType):
+            stack.append(value.__self__)
+        elif isinstance(value, functools.partial):
+            stack += (value.func, value.args, value.keywords)
+        elif kind.__module__.partition(".")[0] not in _NOT_USERS and hasattr(value, "__dict__"):
+            stack.append(value.__dict__)
 
 
-def _is_same(a: tuple[Any, Any], b: tuple[Any, Any]) -> bool:
-    (value, items), (other, others) = a, b
-    if value is not other or items is None:
-        return value is other
-    if isinstance(items, dict):
-        return items.keys() == others.keys() and all(items[key] is others[key] for key in items)
-    return len(items) == len(others) and all(x is y for x, y in zip(items, others, strict=True))
+_ATOMS = frozenset({bool, int, float, complex, str, bytes, type(None)})
+_NOT_USERS = sys.stdlib_module_names | {"torch", "numpy"}
+
+
+def _items(container: Any) -> Any:
+    if isinstance(container, dict):
+        return dict(container)
+    return set(container) if isinstance(container, set) else list(container)
+
+
+def _same(a: Any, b: Any) -> bool:
+    """Whether two `_items` are the same objects."""
+    if len(a) != len(b):
+        return False
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(value is b[key] for key, value in a.items())
+    return a == b if isinstance(a, set) else all(x is y for x, y in zip(a, b, strict=True))
 
 
 # ------------------------------------------------------------------------------------------------------------- the model

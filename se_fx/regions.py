@@ -196,19 +196,24 @@ def run_graphs(module: nn.Module, views: Mapping[bool, fx.GraphModule], *, as_gr
     own: Any = type(module)
     graphs = {training: views[training].graph for training in (True, False)}
     forwards = {training: type(views[training]).forward for training in (True, False)}
-    if as_graph_module:
-        current = views[module.training]
-        region: Any = type(current)
-        region._own_class, region._own_graph = own, module.__dict__.get("_graph")
-        region._added = tuple(name for name in current.__dict__ if name not in module.__dict__)
-        region.forward, region.__name__ = _by_mode(forwards), own.__name__
-        module.__dict__.update({name: current.__dict__[name] for name in (*region._added, "_graph")})
-        for graph in graphs.values():
-            graph.owning_module = cast("fx.GraphModule", module)
-    else:
-        region = _region_class(own, forwards)
     module.__dict__["_graphs"] = graphs
-    module.__class__ = region
+    if not as_graph_module:
+        module.__class__ = _region_class(own, forwards)
+        return
+    current = views[module.training]
+    added = tuple(name for name in current.__dict__ if name not in module.__dict__)
+    own_graph = module.__dict__.get("_graph")
+    module.__dict__.update({name: current.__dict__[name] for name in (*added, "_graph")})
+    for graph in graphs.values():
+        graph.owning_module = cast("fx.GraphModule", module)
+    if _overrides_module_methods(own):
+        module.__class__ = _graph_region_class(own, own_graph, added)
+        cast("GraphRegion", module).recompile()
+    else:  # the view's class has the generated code already
+        region: Any = type(current)
+        region._own_class, region._own_graph, region._added = own, own_graph, added
+        region.forward, region.__name__ = _by_mode(forwards), own.__name__
+        module.__class__ = region
 
 
 def restore_code(module: nn.Module) -> None:
@@ -293,19 +298,30 @@ class _Region:
 
 def _unpickled(own: type[nn.Module], as_graph_module: bool) -> nn.Module:
     """A region of the right class for pickle to give its state to."""
-    kind = (
-        type(_empty_graph_region(own, None))
-        if as_graph_module
-        else _region_class(own, dict.fromkeys((True, False), own.forward))
-    )
-    return object.__new__(kind)
+    if as_graph_module:
+        return object.__new__(_graph_region_class(own, None, ()))
+    return object.__new__(_region_class(own, dict.fromkeys((True, False), own.forward)))
 
 
-def _empty_graph_region(own: type[nn.Module], own_graph: fx.Graph | None) -> GraphRegion:
-    # A class of its own for each instance, as fx has it: generated code is a method.
-    region = GraphRegion(nn.Module(), fx.Graph(), own.__name__)
-    type(region)._own_class, type(region)._own_graph = own, own_graph
+def _graph_region_class(own: type[nn.Module], own_graph: fx.Graph | None, added: tuple[str, ...]) -> type[GraphRegion]:
+    """A class for one instance, as fx has it: generated code is a method. Of fx's name, which fx looks for in bases."""
+    bases = (GraphRegion, own) if _overrides_module_methods(own) else (GraphRegion,)
+    attributes = {"_own_class": own, "_own_graph": own_graph, "_added": added}
+    region = types.new_class("GraphModuleImpl", bases, exec_body=lambda body: body.update(attributes))
+    region.__name__ = own.__name__
     return region
+
+
+def _overrides_module_methods(own: type[nn.Module]) -> bool:
+    """Whether a class changes what `train`, `state_dict` and other methods of every module do, so that they must be kept."""
+    if issubclass(own, fx.GraphModule):
+        return False
+    theirs = [kind for kind in own.__mro__ if issubclass(kind, nn.Module) and not kind.__module__.startswith("torch.nn.")]
+    return any(name in _MODULE_METHODS for kind in theirs for name in vars(kind))
+
+
+_MODULE_METHODS = {name for name, member in vars(nn.Module).items() if isinstance(member, types.FunctionType)}
+_MODULE_METHODS -= {"__init__", "forward", "extra_repr", "__repr__", "__dir__", "_get_name"}
 
 
 def _region_class(own: type[nn.Module], forwards: Mapping[bool, Forward]) -> type[nn.Module]:
@@ -327,9 +343,7 @@ class GraphRegion(_Region, fx.GraphModule):
 
     def _copied(self, attributes: Mapping[str, Any], copied: Any = None) -> Any:
         copied = super()._copied(attributes, copied)
-        fresh = _empty_graph_region(self._own_class, self._own_graph)
-        type(fresh)._added = self._added
-        copied.__class__ = type(fresh)
+        copied.__class__ = _graph_region_class(self._own_class, self._own_graph, self._added)
         copied.recompile()
         return copied
 

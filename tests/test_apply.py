@@ -16,17 +16,16 @@ from se_fx import SqueezeExciteError
 
 
 class Net(nn.Module):
-    """A torchvision network in a class of its own, with all that surgery tends to break."""
+    """A network in a class of its own, with all that surgery tends to break."""
 
-    def __init__(self) -> None:
+    def __init__(self, features: nn.Module | None = None) -> None:
         super().__init__()
-        self.features = torchvision.models.resnet18(num_classes=10)
-        self.features.fc = nn.Identity()
+        self.features = features or torchvision.models.resnet18()
         self.normed = parametrizations.weight_norm(nn.Conv2d(3, 3, 3, padding=1))
         self.tied = nn.Conv2d(3, 3, 3, padding=1)
         self.twin = nn.Conv2d(3, 3, 3, padding=1)
         self.twin.weight = self.tied.weight
-        self.head = nn.Linear(512, 10)
+        self.head = nn.Linear(1000, 10)
         self.calls = 0
 
     def embed(self, x: Tensor) -> Tensor:
@@ -51,10 +50,10 @@ def step(model: nn.Module, optimizers: list[torch.optim.Optimizer], x: Tensor) -
 X = torch.randn(2, 3, 64, 64)
 
 
-def test_in_the_middle_of_training() -> None:
-    net = Net()
+def test_in_the_middle_of_training_a_pretrained_network(lite0: nn.Module) -> None:
+    net = Net(copy.deepcopy(lite0)).train()
     hooked: list[str] = []
-    net.features.layer1.register_forward_hook(lambda *_: hooked.append("layer1"))
+    net.features._blocks[3].register_forward_hook(lambda *_: hooked.append("block"))
     decayed = [p for n, p in net.named_parameters() if n.startswith("features")]
     others = [p for n, p in net.named_parameters() if not n.startswith("features")]
     groups = [{"params": decayed, "weight_decay": 1e-4}, {"params": others, "lr": 1e-3}]
@@ -72,19 +71,19 @@ def test_in_the_middle_of_training() -> None:
     assert all(dict(net.named_parameters())[name] is p for name, p in parameters.items())
     assert all(torch.equal(optimizer.state[p]["momentum_buffer"], buffer) for p, buffer in momentum.items())
     new = {name: p for name, p in net.named_parameters() if name not in parameters}
-    assert len(new) == 2 * (20 + 3)
+    assert len(new) == 2 * (49 + 3)  # EfficientNet-Lite0 has 49 convs
     assert all("squeeze_excite" in name.split(".") for name in new)
     for name, parameter in new.items():
         (home,) = [i for i, group in enumerate(optimizer.param_groups) if any(p is parameter for p in group["params"])]
         assert home == (0 if name.startswith("features") else 1)
-    assert [len(group["params"]) - size for group, size in zip(optimizer.param_groups, sizes, strict=True)] == [40, 6]
+    assert [len(group["params"]) - size for group, size in zip(optimizer.param_groups, sizes, strict=True)] == [98, 6]
 
     before = {name: p.clone() for name, p in new.items()}
     for _ in range(2):
         step(net, [optimizer], X)
     assert all(not torch.equal(p, before[name]) for name, p in new.items())
     assert net.calls == 3
-    assert hooked == ["layer1"] * 3
+    assert hooked == ["block"] * 3
     assert net.predict(X).shape == (2,)
     restored = torch.optim.SGD([{"params": g["params"]} for g in optimizer.param_groups], lr=1.0, momentum=0.9)
     restored.load_state_dict(copy.deepcopy(optimizer.state_dict()))

@@ -7,6 +7,7 @@ import copy
 import functools
 import pickle
 import random
+import types
 from collections import OrderedDict, namedtuple
 from dataclasses import dataclass
 
@@ -355,6 +356,121 @@ def test_a_conv_called_from_two_regions_has_one_block_applied_once_a_call() -> N
     x = block(shared(X))
     x = block(shared(x if x.sum() > 0 else -x))
     assert torch.equal(result(X), x)
+
+
+class Recorder:
+    """An object that is no module, as feature extractors have it."""
+
+    def __init__(self) -> None:
+        self.seen: dict[str, list[Tensor]] = {}
+
+    def hook(self, name: str, module: nn.Module, args: tuple, output: Tensor) -> None:
+        self.seen.setdefault(name, []).append(output)
+
+
+class HooksIntoObjects(Model):
+    def __init__(self) -> None:
+        super().__init__()
+        self.recorder = Recorder()
+        self.first.register_forward_hook(functools.partial(self.recorder.hook, "first"))
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        self.recorder.seen.clear()
+        x = super().forward(x)
+        return [*self.recorder.seen["first"], x]
+
+
+class CountsInObjects(Model):
+    def __init__(self) -> None:
+        super().__init__()
+        self.recorder = Recorder()
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.recorder.seen.setdefault("calls", []).append(x)
+        return super().forward(x)
+
+
+def test_state_kept_in_other_objects_goes_on_being_kept() -> None:
+    model = HooksIntoObjects()
+    expected, actual = model(X), rewritten(model)(X)
+    assert len(actual) == len(expected) == 2
+    assert all(map(torch.equal, actual, expected))
+
+    model = CountsInObjects()
+    result = rewritten(model)
+    assert model.recorder.seen == {}
+    result(X), result(X)
+    assert len(result.recorder.seen["calls"]) == 2
+
+
+def test_timms_feature_extractor_by_hooks() -> None:
+    timm = pytest.importorskip("timm")
+    model = timm.create_model("mobilenetv3_small_050", features_only=True, feature_cls="hook").eval()
+    result = se_fx.transform(model, min_channels=1, latent_channels=2, init="identity")
+    x = torch.randn(1, 3, 64, 64)
+    expected, actual = model(x), result(x)
+    assert len(actual) == len(expected) == 5
+    assert all(map(torch.equal, actual, expected))
+    assert all(map(torch.equal, copy.deepcopy(result)(x), expected))
+
+
+def test_a_forward_replaced_on_the_instance_is_the_one_that_runs() -> None:
+    model = Model()
+
+    def doubled(self: Model, x: Tensor) -> Tensor:
+        return 2 * Model.forward(self, x)
+
+    model.forward = types.MethodType(doubled, model)
+    result = rewritten(model)
+    assert_same(model, result, X)
+    nested = nn.Sequential(model, nn.Conv2d(8, 8, 1))
+    assert_same(nested, rewritten(nested, 3), X)
+
+
+class FreezesNorm(nn.Sequential):
+    """Keeps its norm in eval mode whatever it is told, as detection backbones do."""
+
+    def __init__(self) -> None:
+        super().__init__(nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8), nn.Conv2d(8, 8, 1))
+
+    def train(self, mode: bool = True):
+        super().train(mode)
+        self[1].eval()
+        return self
+
+
+class Doubles(Model):
+    def __call__(self, *args, **kwargs):
+        return 2 * super().__call__(*args, **kwargs)
+
+
+class KeepsExtraState(Model):
+    def get_extra_state(self):
+        return {"version": 3}
+
+    def set_extra_state(self, state) -> None:
+        self.version = state["version"]
+
+
+@pytest.mark.parametrize("kind", [FreezesNorm, Doubles, KeepsExtraState])
+def test_methods_of_every_module_that_a_model_overrides_stay_overridden(kind: type[nn.Module]) -> None:
+    model = kind()
+    result = rewritten(model)
+    assert isinstance(result, fx.GraphModule)
+    assert isinstance(result, kind)
+    for each in (result, copy.deepcopy(result), pickle.loads(pickle.dumps(result))):
+        assert_same(model, each, X)
+        each.load_state_dict(each.state_dict())
+        assert getattr(each, "version", 3) == 3
+        if kind is FreezesNorm:
+            assert not each.train()[1].training
+        if kind is not Doubles:  # dynamo compiles forward alone
+            assert torch.equal(torch.compile(each.eval(), fullgraph=True, backend="eager")(X), model.eval()(X))
+    assert set(model.state_dict()) <= set(result.state_dict())
+    assert type(se_fx.remove(result)) is kind
+    twice = rewritten(result)
+    assert twice.state_dict().keys() == result.state_dict().keys()
+    assert_same(model, twice, X)
 
 
 # ---------------------------------------------------------------------------------------------------- what tracing drops
