@@ -19,7 +19,7 @@ from se_fx.errors import SqueezeExciteError
 from se_fx.insertion import Insertion
 from se_fx.placement import PLACEMENTS, Spot, attention_convs
 
-__all__ = ["Options", "Plan", "Site", "Skip", "choose", "locate", "plan_of"]
+__all__ = ["Options", "Plan", "Site", "Skip", "choose", "fit", "give_plan", "locate", "new_block", "plan_of"]
 
 Where = Callable[[str, nn.Module], bool] | str | Sequence[str] | None
 _VERSION = 1
@@ -145,12 +145,14 @@ class Plan:
         sites: the blocks to insert.
         skipped: the other Conv2d layers, each with the reason. Not saved.
         opaque: parts of the model that run their own code, with the reason. Not saved.
+        alone: convs that such code calls, each captured alone. Not saved.
         base: cost of the model itself on the example inputs. Not saved.
     """
 
     sites: tuple[Site, ...]
     skipped: tuple[Skip, ...] = ()
     opaque: tuple[tuple[str, str], ...] = ()
+    alone: tuple[str, ...] = ()
     base: Cost | None = field(default=None, compare=False)
 
     def __len__(self) -> int:
@@ -258,7 +260,20 @@ def choose(capture: Capture, options: Options) -> Plan:
             sites.append(dataclasses.replace(site, cost=_parameters_only(site)))
         elif "squeeze_excite" not in name.split("."):
             skipped.append(Skip(name, module.out_channels, reason))
-    return Plan(tuple(sites), tuple(skipped), tuple(capture.opaque.items()))
+    return _with_capture(Plan(tuple(sites), tuple(skipped)), capture)
+
+
+def fit(plan: Plan, capture: Capture) -> Plan:
+    """A plan that was made before, with what it says of the model at hand: what it skips, what was captured how."""
+    names = {site.name for site in plan.sites}
+    convs = {name: module for name, module in capture.model.named_modules() if isinstance(module, nn.Conv2d)}
+    skipped = (Skip(name, module.out_channels, "not in the plan") for name, module in convs.items() if name not in names)
+    return _with_capture(dataclasses.replace(plan, skipped=tuple(skipped)), capture)
+
+
+def _with_capture(plan: Plan, capture: Capture) -> Plan:
+    alone = tuple(region.path for region in capture.regions if region.graphs is None)
+    return dataclasses.replace(plan, opaque=tuple(capture.opaque.items()), alone=alone)
 
 
 def _why_not(

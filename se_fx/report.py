@@ -26,6 +26,7 @@ class Report:
         added: cost of all inserted blocks; their parameters alone without example inputs.
         measured: whether MACs, FLOPs and bytes were counted on example inputs.
         opaque: the parts that run their own code, with the reason; empty where the whole model is one graph.
+        alone: the convs that code calls which is no graph, each captured alone.
         regions: qualified names of the modules that run graphs; the root's is the empty name.
         uncounted: operators that no cost rule covers, with the number of their calls; their FLOPs count as 0.
     """
@@ -37,6 +38,7 @@ class Report:
     added: Cost
     measured: bool = False
     opaque: tuple[tuple[str, str], ...] = ()
+    alone: tuple[str, ...] = ()
     regions: tuple[str, ...] = ()
     uncounted: tuple[tuple[str, int], ...] = ()
 
@@ -96,7 +98,8 @@ class Report:
             return ""
         graphs = _some([name or "the root" for name in self.regions]) if self.regions else "none"
         rows = [(name or "(the root)", reason) for name, reason in self.opaque]
-        return f"Graph regions: {graphs}.\nThese run their own code:\n" + tabulate(rows, ["module", "reason"])
+        alone = f"\nConvs that such code calls, captured alone: {_some(list(self.alone))}." if self.alone else ""
+        return f"Graph regions: {graphs}.\nThese run their own code:\n{tabulate(rows, ['module', 'reason'])}{alone}"
 
     def _rules(self) -> str:
         if not self.uncounted:

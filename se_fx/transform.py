@@ -16,7 +16,7 @@ from se_fx.cost import Cost, Measurement, measure
 from se_fx.errors import SqueezeExciteError
 from se_fx.insertion import attach, blocks_of, insert, withdraw
 from se_fx.optimizers import Joining, as_optimizers
-from se_fx.plan import Options, Plan, Where, choose, give_plan, locate, new_block, plan_of
+from se_fx.plan import Options, Plan, Where, choose, fit, give_plan, locate, new_block, plan_of
 from se_fx.regions import clone, graphs_of, own_class
 from se_fx.report import Report
 
@@ -84,7 +84,7 @@ def transform(
     )
     _check_alone(plan, options)
     captured = capture(model)
-    chosen = choose(captured, options) if plan is None else plan
+    chosen = choose(captured, options) if plan is None else fit(plan, captured)
     rewritten = insert(captured, locate(captured, chosen))
     give_plan(rewritten, _joined(plan_of(model), chosen))
     if example_inputs is not None:
@@ -159,6 +159,7 @@ def report(rewritten: nn.Module, example_inputs: Any = None) -> Report:
         added=known.added,
         measured=example_inputs is not None,
         opaque=known.opaque,
+        alone=known.alone,
         regions=tuple(name for name, module in rewritten.named_modules() if graphs_of(module) is not None),
         uncounted=tuple(everything.uncounted.most_common()),
     )

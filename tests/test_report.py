@@ -83,6 +83,8 @@ def test_untraceable_parts_are_named_with_the_reason() -> None:
     report = se_fx.report(se_fx.transform(nn.Sequential(Branches()), min_channels=1))
     assert report.regions == ("",)
     assert [name for name, _ in report.opaque] == ["0"]
+    assert report.alone == ("0.conv",)
+    assert "Convs that such code calls, captured alone: 0.conv." in str(report)
     assert "These run their own code" in str(report)
     assert "used as inputs to control flow" in str(report)
 
@@ -123,6 +125,7 @@ def test_a_plan_replays_on_a_fresh_model() -> None:
     model = torchvision.models.resnet18().eval()
     gm = se_fx.transform(model, again)
     assert se_fx.report(gm).sites == plan.sites
+    assert {skip.reason for skip in se_fx.report(gm).skipped} == {"not in the plan"}
     x = torch.randn(1, 3, 64, 64)
     assert torch.equal(gm(x), model(x))
     checkpoint = {"plan": plan.to_dict(), "state_dict": gm.state_dict()}
