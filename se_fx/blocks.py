@@ -138,9 +138,9 @@ def _from_table(
 
 
 def _identity_scale(gate: Callable[[Tensor], Any]) -> float:
-    at_zero = float(gate(torch.zeros(1)))
+    at_zero = float(gate(torch.zeros(1, device="cpu")))
     scale = 1.0 / at_zero if at_zero else 0.0
-    if scale * at_zero != 1.0 or torch.tensor(scale).frexp().mantissa != 0.5:
+    if scale * at_zero != 1.0 or torch.tensor(scale, device="cpu").frexp().mantissa != 0.5:
         raise SqueezeExciteError(
             f"gate={gate!r} with init='identity': the gate is {at_zero} at zero, which no power of two scales to exactly 1.0; "
             "use gate='sigmoid', gate='hardsigmoid', or init='default'"

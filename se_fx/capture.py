@@ -13,12 +13,15 @@ Tracing happens on a scratch clone, so that whatever a model's code does to itse
 from __future__ import annotations
 
 import collections
+import contextlib
+import copy
 import functools
 import inspect
+import random
 import sys
 import threading
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -89,7 +92,8 @@ def capture(model: nn.Module) -> Capture:
     regions: list[Region] = []
     opaque: dict[str, str] = {}
 
-    def visit(path: str, module: nn.Module) -> None:
+    def visit(module: nn.Module) -> None:
+        path = names[id(module)]
         if module not in conv_holders or path in {region.path for region in regions}:
             return
         if isinstance(module, nn.Conv2d):
@@ -101,16 +105,16 @@ def capture(model: nn.Module) -> Capture:
         except Untraceable as untraceable:
             opaque[path] = str(untraceable)
             for child in _called_children(module, untraceable.called):
-                visit(names[id(child)], child)
+                visit(child)
             return
         regions.append(region)
         for name in tracing.opaque:
-            visit(region.qualified(name), module.get_submodule(name))
+            visit(module.get_submodule(name))
 
     with _tracing_lock:
         randomness = random_state()
         try:
-            visit("", scratch)
+            visit(scratch)
         finally:
             set_random_state(randomness)
     _share(regions, scratch)
@@ -154,6 +158,8 @@ class _Tracing:
                 continue
             if _hooked(child):
                 self.opaque[name] = "has hooks, which a graph would drop"
+            elif type(child).train is not nn.Module.train:
+                self.opaque[name] = "has a train() of its own, which sets modes that a graph would not see"
             elif child.training != module.training:
                 self.opaque[name] = "is in another mode (train or eval) than the module around it"
 
@@ -221,10 +227,22 @@ class _Tracing:
                     node.target = f"{name}_{mode}"
 
     def _depends_on_optional_arguments(self, graph: fx.Graph) -> bool:
-        """Whether the code goes another way with the defaults than with values: `if mask is not None` can't be seen."""
-        parameters = inspect.signature(type(self.module).forward).parameters
-        defaults = {name: p.default for name, p in parameters.items() if p.default is not p.empty}
-        return bool(defaults) and not _agree(graph, self._trace(False, defaults), defaults)
+        """Whether the code goes another way with some arguments left out, or None: `if mask is not None` can't be seen."""
+        _, *parameters = inspect.signature(type(self.module).forward).parameters.values()
+        used = {node.target for node in graph.nodes if node.op == "placeholder" and node.users}
+        if any(f"{stars}{p.name}" in used for p in parameters for stars in ("*", "**")):
+            return True
+        defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
+        variants = [{name: value} for name, value in defaults.items()] + [{p.name: None} for p in parameters[1:]]
+        variants += [defaults] if len(defaults) > 1 else []
+        variants += [{n: v for n, v in defaults.items() if n != name} for name in defaults if len(defaults) > 2]
+        return any(not self._goes_the_same_way(graph, values) for values in variants)
+
+    def _goes_the_same_way(self, graph: fx.Graph, values: dict[str, Any]) -> bool:
+        try:
+            return _agree(graph, self._trace(False, values), values)
+        except Untraceable:
+            return all(value is None for value in values.values())  # and so would the graph fail, run on None
 
 
 def _called_children(module: nn.Module, called: set[str]) -> Iterator[nn.Module]:
@@ -286,8 +304,7 @@ class _Snapshot:
             for container, items in state:
                 if not _same(_items(container), items):
                     changed[name] = self.modules[name]
-                    container.clear()
-                    (container.extend if isinstance(items, list) else container.update)(items)
+                    _refill(container, items)
         return changed
 
 
@@ -300,7 +317,9 @@ def _containers(root: Any, seen: set[int]) -> Iterator[Any]:
         if kind in _ATOMS or id(value) in seen or isinstance(value, (nn.Module, Tensor, type, types.FunctionType)):
             continue
         seen.add(id(value))
-        if isinstance(value, (dict, list, set, collections.deque)):
+        if kind in _GENERATORS:
+            yield value
+        elif isinstance(value, (dict, list, set, collections.deque)):
             yield value
             stack += value.values() if isinstance(value, dict) else value
         elif isinstance(value, tuple):
@@ -317,14 +336,39 @@ _ATOMS = frozenset({bool, int, float, complex, str, bytes, type(None)})
 _NOT_USERS = sys.stdlib_module_names | {"torch", "numpy"}
 
 
+_GENERATORS: dict[type, tuple[Callable[[Any], Any], Callable[[Any, Any], None]]] = {  # how to read and set their states
+    torch.Generator: (lambda g: g.get_state().tolist(), lambda g, s: g.set_state(torch.tensor(s, dtype=torch.uint8))),
+    random.Random: (random.Random.getstate, random.Random.setstate),
+}
+with contextlib.suppress(ImportError):
+    import numpy as np
+
+    _GENERATORS[np.random.Generator] = (
+        lambda g: copy.deepcopy(g.bit_generator.state),
+        lambda g, s: setattr(g.bit_generator, "state", s),
+    )
+
+
 def _items(container: Any) -> Any:
+    if type(container) in _GENERATORS:
+        return _GENERATORS[type(container)][0](container)
     if isinstance(container, dict):
         return dict(container)
     return set(container) if isinstance(container, set) else list(container)
 
 
+def _refill(container: Any, items: Any) -> None:
+    if type(container) in _GENERATORS:
+        _GENERATORS[type(container)][1](container, items)
+        return
+    container.clear()
+    (container.extend if isinstance(items, list) else container.update)(items)
+
+
 def _same(a: Any, b: Any) -> bool:
     """Whether two `_items` are the same objects."""
+    if not isinstance(a, (dict, list, set)):
+        return bool(a == b)
     if len(a) != len(b):
         return False
     if isinstance(a, dict):

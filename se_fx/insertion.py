@@ -20,7 +20,8 @@ __all__ = ["CONTAINER", "InsertBlocks", "Insertion", "attach", "blocks_of", "ins
 
 #: The child of a region that holds the blocks inserted there, and of a lone Conv2d that is its block.
 CONTAINER = "squeeze_excite"
-_CONTAINER = "_squeeze_excite_container"  # attribute of a region: its container's name
+_CONTAINER = "_squeeze_excite_container"  # attributes of a region: its container's name,
+_NAMES = "_squeeze_excite_names"  # and those of the blocks in it
 
 
 @dataclass(frozen=True)
@@ -104,7 +105,7 @@ def _rewrite(module: nn.Module, region: Region, insertions: list[Insertion]) -> 
     add_constants(module, region.constants)
     container = _container(module) if insertions else ""
     for each in insertions:
-        cast("Inserted", module.get_submodule(container)).add(each.name, each.block)
+        _hold(module, container, each)
     views: dict[fx.Graph, fx.GraphModule] = {}
     for training, graph in region.graphs.items():
         if graph in views:
@@ -132,12 +133,27 @@ def _copied(graph: fx.Graph) -> tuple[fx.Graph, dict[fx.Node, fx.Node]]:
 def _container(module: nn.Module) -> str:
     """The name of a region's container of blocks, which is made if there is none."""
     if _CONTAINER not in module.__dict__:
-        taken = hasattr(module, CONTAINER)  # by a child of the model's own
+        taken = _has(module, CONTAINER)  # by a child of the model's own
         if taken:
             module.add_module("se_fx", nn.Module())
         (module.get_submodule("se_fx") if taken else module).add_module(CONTAINER, Inserted())
         module.__dict__[_CONTAINER] = f"se_fx.{CONTAINER}" if taken else CONTAINER
+        module.__dict__[_NAMES] = []
     return str(module.__dict__[_CONTAINER])
+
+
+def _has(module: nn.Module, name: str) -> bool:
+    """`hasattr`, for modules whose `__getattr__` has an answer to everything."""
+    return name in module._modules or name in module.__dict__ or hasattr(type(module), name)
+
+
+def _hold(module: nn.Module, container: str, insertion: Insertion) -> None:
+    *path, last = insertion.name.split(".")
+    inner = module.get_submodule(container)
+    for part in path:
+        inner = inner._modules.setdefault(part, nn.Module()) or inner
+    inner._modules[last] = insertion.block
+    module.__dict__[_NAMES].append(insertion.name)
 
 
 def blocks_of(model: nn.Module) -> dict[str, str]:
@@ -147,8 +163,7 @@ def blocks_of(model: nn.Module) -> dict[str, str]:
         region = f"{path}." if path else ""
         if _CONTAINER in module.__dict__:
             container = module.__dict__[_CONTAINER]
-            names = cast("Inserted", module.get_submodule(container)).names
-            found.update({f"{region}{name}": f"{region}{container}.{name}" for name in names})
+            found.update({f"{region}{name}": f"{region}{container}.{name}" for name in module.__dict__[_NAMES]})
         elif _excite in module._forward_hooks.values():
             found[path] = f"{region}{CONTAINER}"
     return found
@@ -158,7 +173,7 @@ def withdraw(module: nn.Module) -> None:
     """Undo what `insert` or `attach` did to one module, in place. Nothing to do for other modules."""
     restore_code(module)
     if _CONTAINER in module.__dict__:
-        del module._modules[module.__dict__.pop(_CONTAINER).split(".")[0]]
+        del module._modules[module.__dict__.pop(_CONTAINER).split(".")[0]], module.__dict__[_NAMES]
     for key, hook in list(module._forward_hooks.items()):
         if hook is _excite:
             del module._forward_hooks[key]

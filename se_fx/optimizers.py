@@ -38,21 +38,24 @@ class Joining:
 
     Args:
         optimizers: the optimizers.
-        pairs: a module that is there already, and the new one that belongs to it.
+        pairs: the new module's qualified name, the module that it belongs to, and the new module.
     """
 
-    def __init__(self, optimizers: Sequence[Optimizer], pairs: Iterable[tuple[nn.Module, nn.Module]]) -> None:
-        self.joins: list[tuple[Optimizer, dict[str, Any], list[nn.Parameter]]] = []
+    def __init__(self, optimizers: Sequence[Optimizer], pairs: Iterable[tuple[str, nn.Module, nn.Module]]) -> None:
+        self.joins: list[tuple[Optimizer, dict[str, Any], list[str], list[nn.Parameter]]] = []
         groups = [(optimizer, group) for optimizer in optimizers for group in optimizer.param_groups]
         homes = {id(parameter): home for home in reversed(groups) for parameter in home[1]["params"]}
-        for old, new in pairs if groups else ():
+        for prefix, old, new in pairs if groups else ():
             home = next((homes[id(p)] for p in old.parameters() if id(p) in homes), groups[0])
-            self.joins.append((*home, list(new.parameters())))
+            named = dict(new.named_parameters(prefix))
+            self.joins.append((*home, list(named), list(named.values())))
 
     def apply(self) -> None:
         """Let them join."""
-        for optimizer, group, parameters in self.joins:
+        for optimizer, group, names, parameters in self.joins:
             group["params"].extend(parameters)
+            if "param_names" in group:  # of an optimizer made from named_parameters()
+                group["param_names"].extend(names)
             if type(optimizer).__module__.startswith("torch.optim") and optimizer.state:
                 # Some (Adagrad) make a parameter's state when they are constructed, not in the first step.
                 accepted = inspect.signature(type(optimizer)).parameters

@@ -14,7 +14,7 @@ from torch import fx, nn
 
 from se_fx.blocks import ACTIVATIONS, GATES, INITS, SqueezeExcite2d, latent_width
 from se_fx.capture import Capture, Region
-from se_fx.cost import NO_COST, Cost
+from se_fx.cost import NO_COST, Cost, measure
 from se_fx.errors import SqueezeExciteError
 from se_fx.insertion import Insertion
 from se_fx.placement import PLACEMENTS, Spot, attention_convs
@@ -56,7 +56,9 @@ class Options:
         if not isinstance(self.bias, bool):
             raise SqueezeExciteError(f"bias={self.bias!r}: expected True or False")
         patterns = [self.where] if isinstance(self.where, str) else self.where
-        is_patterns = isinstance(patterns, Sequence) and all(isinstance(pattern, str) for pattern in patterns)
+        is_patterns = (
+            isinstance(patterns, Sequence) and len(patterns) > 0 and all(isinstance(pattern, str) for pattern in patterns)
+        )
         if not (self.where is None or callable(self.where) or is_patterns):
             raise SqueezeExciteError(
                 f"where={self.where!r}: expected a predicate (name, module) -> bool, or glob patterns of qualified names "
@@ -188,7 +190,12 @@ class Plan:
         sites = data.get("sites")
         if not isinstance(sites, list) or not all(isinstance(site, Mapping) for site in sites):
             raise SqueezeExciteError("plan['sites']: expected a list of sites, each a mapping")
-        return cls(tuple(_site_from_dict(f"plan['sites'][{i}]", site) for i, site in enumerate(sites)))
+        read = tuple(_site_from_dict(f"plan['sites'][{i}]", site) for i, site in enumerate(sites))
+        names = [site.name for site in read]
+        twice = next((name for i, name in enumerate(names) if name in names[:i]), None)
+        if twice is not None:
+            raise SqueezeExciteError(f"plan['sites']: expected each site once, and got {twice!r} twice")
+        return cls(read)
 
 
 def _site_from_dict(where: str, data: Mapping[str, Any]) -> Site:
@@ -265,10 +272,13 @@ def choose(capture: Capture, options: Options) -> Plan:
 
 def fit(plan: Plan, capture: Capture) -> Plan:
     """A plan that was made before, with what it says of the model at hand: what it skips, what was captured how."""
+    there = plan_of(capture.model)
+    taken = {site.name for site in there.sites} if there else set()
     names = {site.name for site in plan.sites}
     convs = {name: module for name, module in capture.model.named_modules() if isinstance(module, nn.Conv2d)}
     skipped = (Skip(name, module.out_channels, "not in the plan") for name, module in convs.items() if name not in names)
-    return _with_capture(dataclasses.replace(plan, skipped=tuple(skipped)), capture)
+    sites = tuple(site for site in plan.sites if site.name not in taken)
+    return _with_capture(dataclasses.replace(plan, sites=sites, skipped=tuple(skipped)), capture)
 
 
 def _with_capture(plan: Plan, capture: Capture) -> Plan:
@@ -295,9 +305,22 @@ def _why_not(
         return f"{module.out_channels} output channels < min_channels={least}"
     if name not in wanted:
         return "excluded by where"
+    if "squeeze_excite" in module._modules:
+        return "has a child of its own called squeeze_excite"
+    if type(module).forward is not nn.Conv2d.forward and not _returns_a_feature_map(module):
+        return "returns something else than a tensor (N, C, H, W)"
     if name not in spots:
         return "is never called by the code that was captured"
     return None
+
+
+def _returns_a_feature_map(conv: nn.Conv2d) -> bool:
+    """Whether a subclass, as far as can be told from an image of zeros, returns what a Conv2d does."""
+    try:
+        shape = measure(conv, torch.empty(1, conv.in_channels, 64, 64, device="meta"), {"": ""}).shapes.get("")
+    except SqueezeExciteError:
+        return True
+    return shape is not None and len(shape) == 4 and shape[1] == conv.out_channels
 
 
 def _least_channels(options: Options, convs: Mapping[str, nn.Conv2d]) -> int:

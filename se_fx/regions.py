@@ -114,6 +114,29 @@ def _carry_method(value: types.MethodType, memo: dict[int, Any]) -> Any:
     return value if owner is value.__self__ else types.MethodType(value.__func__, owner)
 
 
+def _carry_function(value: types.FunctionType, memo: dict[int, Any]) -> Any:
+    """Closures over modules are made anew over their copies; nothing else a function refers to is looked into."""
+    cells = value.__closure__ or ()
+    contents = [cell.cell_contents for cell in cells if _is_filled(cell)]
+    if len(contents) != len(cells) or not any(id(content) in memo for content in (*contents, *(value.__defaults__ or ()))):
+        return value
+    closure = tuple(types.CellType(memo.get(id(content), content)) for content in contents)
+    defaults = tuple(memo.get(id(default), default) for default in value.__defaults__ or ()) or None
+    copied = types.FunctionType(value.__code__, value.__globals__, value.__name__, defaults, closure)
+    copied.__kwdefaults__ = value.__kwdefaults__
+    copied.__dict__.update(value.__dict__)
+    copied.__qualname__ = value.__qualname__
+    return copied
+
+
+def _is_filled(cell: types.CellType) -> bool:
+    try:
+        cell.cell_contents  # noqa: B018
+    except ValueError:
+        return False
+    return True
+
+
 def _carry_partial(value: functools.partial[Any], memo: dict[int, Any]) -> Any:
     keywords = {name: _carry(item, memo) for name, item in value.keywords.items()}
     return functools.partial(_carry(value.func, memo), *_carry(value.args, memo), **keywords)
@@ -129,6 +152,7 @@ _CARRIED: dict[type, Callable[[Any, dict[int, Any]], Any]] = {
     tuple: _carry_tuple,
     set: _carry_set,
     types.MethodType: _carry_method,
+    types.FunctionType: _carry_function,
     functools.partial: _carry_partial,
     weakref.ref: _carry_weakref,
 }
@@ -136,25 +160,7 @@ _CARRIED: dict[type, Callable[[Any, dict[int, Any]], Any]] = {
 
 # -------------------------------------------------------------------------------------------------------------- regions
 class Inserted(nn.Module):
-    """Holds the modules that a pass has inserted into a region. They are no part of the model: capture never enters them.
-
-    Attributes:
-        names: their dotted names.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: list[str] = []
-
-    def add(self, name: str, module: nn.Module) -> None:
-        """Hold `module` under a dotted name."""
-        *path, last = name.split(".")
-        inner: nn.Module = self
-        for part in path:
-            inner._modules.setdefault(part, nn.Module())
-            inner = inner.get_submodule(part)
-        inner._modules[last] = module
-        self.names.append(name)
+    """Holds the modules that a pass has inserted into a region. They are no part of the model: capture never enters them."""
 
 
 def view(module: nn.Module, graph: fx.Graph) -> fx.GraphModule:
@@ -206,8 +212,9 @@ def run_graphs(module: nn.Module, views: Mapping[bool, fx.GraphModule], *, as_gr
     module.__dict__.update({name: current.__dict__[name] for name in (*added, "_graph")})
     for graph in graphs.values():
         graph.owning_module = cast("fx.GraphModule", module)
-    if _overrides_module_methods(own):
-        module.__class__ = _graph_region_class(own, own_graph, added)
+    keep = _overrides_module_methods(own) or _hooked_by_own_code(module)
+    if keep:
+        module.__class__ = _graph_region_class(own, own_graph, added, keep)
         cast("GraphRegion", module).recompile()
     else:  # the view's class has the generated code already
         region: Any = type(current)
@@ -299,13 +306,15 @@ class _Region:
 def _unpickled(own: type[nn.Module], as_graph_module: bool) -> nn.Module:
     """A region of the right class for pickle to give its state to."""
     if as_graph_module:
-        return object.__new__(_graph_region_class(own, None, ()))
+        return object.__new__(_graph_region_class(own, None, (), keep=False))
     return object.__new__(_region_class(own, dict.fromkeys((True, False), own.forward)))
 
 
-def _graph_region_class(own: type[nn.Module], own_graph: fx.Graph | None, added: tuple[str, ...]) -> type[GraphRegion]:
+def _graph_region_class(
+    own: type[nn.Module], own_graph: fx.Graph | None, added: tuple[str, ...], keep: bool
+) -> type[GraphRegion]:
     """A class for one instance, as fx has it: generated code is a method. Of fx's name, which fx looks for in bases."""
-    bases = (GraphRegion, own) if _overrides_module_methods(own) else (GraphRegion,)
+    bases = (GraphRegion, own) if keep else (GraphRegion,)
     attributes = {"_own_class": own, "_own_graph": own_graph, "_added": added}
     region = types.new_class("GraphModuleImpl", bases, exec_body=lambda body: body.update(attributes))
     region.__name__ = own.__name__
@@ -318,6 +327,12 @@ def _overrides_module_methods(own: type[nn.Module]) -> bool:
         return False
     theirs = [kind for kind in own.__mro__ if issubclass(kind, nn.Module) and not kind.__module__.startswith("torch.nn.")]
     return any(name in _MODULE_METHODS for kind in theirs for name in vars(kind))
+
+
+def _hooked_by_own_code(module: nn.Module) -> bool:
+    """Whether a module has hooks, which may call its methods."""
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return any(hooks) and not isinstance(module, fx.GraphModule)
 
 
 _MODULE_METHODS = {name for name, member in vars(nn.Module).items() if isinstance(member, types.FunctionType)}
@@ -343,7 +358,9 @@ class GraphRegion(_Region, fx.GraphModule):
 
     def _copied(self, attributes: Mapping[str, Any], copied: Any = None) -> Any:
         copied = super()._copied(attributes, copied)
-        copied.__class__ = _graph_region_class(self._own_class, self._own_graph, self._added)
+        copied.__class__ = _graph_region_class(
+            self._own_class, self._own_graph, self._added, issubclass(type(self), self._own_class)
+        )
         copied.recompile()
         return copied
 

@@ -7,6 +7,8 @@ module it belongs to is left alone.
 
 from __future__ import annotations
 
+import builtins
+import collections
 import contextlib
 import operator
 import os
@@ -14,7 +16,7 @@ import random
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.utils.checkpoint
@@ -58,8 +60,11 @@ class Tracer(fx.Tracer):
         self.watch_randomness = watch_randomness
         self.called: set[str] = set()
         self.made: dict[str, Tensor] = {}
+        self.refused: str | None = None
+        self.own_tensors: set[int] = set()
+        self.thread = threading.get_ident()  # fx patches nn.Module for all threads; others must not notice
         self._ambient = _ambient()
-        self._thread = threading.get_ident()  # fx patches nn.Module for all threads; others must not notice
+        self._copies: dict[Any, fx.Node] = {}
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         """Whether calls of `m` are recorded rather than looked into."""
@@ -67,11 +72,13 @@ class Tracer(fx.Tracer):
 
     def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Record or look into one call; a module whose code raises is recorded after all."""
-        if threading.get_ident() != self._thread:
+        if threading.get_ident() != self.thread:
             return forward(*args, **kwargs)
         name = self.path_of_module(m)
         self.called.add(name)
         if self.is_leaf_module(m, name):
+            if type(m).__call__ is not nn.Module.__call__ and not isinstance(m, fx.GraphModule):
+                raise self.refuse(f"calls a {type(m).__name__}, whose __call__ is its own")
             return super().call_module(m, forward, args, kwargs)
         stack, randomness = self.module_stack.copy(), random_state() if self.watch_randomness else None
         try:
@@ -79,15 +86,17 @@ class Tracer(fx.Tracer):
             if randomness is not None and random_state() != randomness:
                 set_random_state(randomness)  # lest the callers be blamed too
                 raise fx.proxy.TraceError(DRAWS)
+            if self.refused:  # and the code has caught that
+                raise fx.proxy.TraceError(self.refused)
             return result
         except Exception as error:
-            self.module_stack = stack
+            self.module_stack, self.refused = stack, None
             self.opaque[name] = reason_of(error)
             return super().call_module(m, forward, args, kwargs)
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, fx.Proxy]) -> Any:
         """What the code being traced sees as a module's attribute: tensors are traced values."""
-        if threading.get_ident() != self._thread:
+        if threading.get_ident() != self.thread:
             return attr_val
         return super().getattr(attr, attr_val, parameter_proxy_cache)
 
@@ -102,14 +111,48 @@ class Tracer(fx.Tracer):
     def create_arg(self, a: Any) -> Any:
         """Lower an argument, keeping the class of dicts that the model's callers may rely on."""
         if type(a) is _Value:
+            if a.node.graph is not self.graph:
+                raise self.refuse("uses a value of an earlier call")
             return a.node
         if isinstance(a, nn.Module) and a in self.conv_holders:
             raise fx.proxy.TraceError(f"passes a {type(a).__name__} on to a function, which a graph can't look into")
-        if isinstance(a, dict) and type(a) is not dict:
-            if type(a).__module__ != "collections" or type(a).__name__ != "OrderedDict":
-                raise NotImplementedError(f"a graph can't hold a {type(a).__name__}")
+        if type(a) is collections.OrderedDict:
             return self.create_node("call_function", type(a), ([(k, self.create_arg(v)) for k, v in a.items()],), {})
-        return super().create_arg(a)
+        if isinstance(a, (dict, list, tuple)) and type(a) not in _HELD and not hasattr(a, "_fields"):
+            raise self.refuse(f"returns or passes a {type(a).__name__}")
+        node = super().create_arg(a)
+        made_here = isinstance(a, Tensor) and str(getattr(node, "target", "")).startswith("_tensor_constant")
+        return self._anew(a, cast("fx.Node", node)) if made_here else node
+
+    def _anew(self, constant: Tensor, node: fx.Node) -> fx.Node:
+        """A copy, for each call of the graph, of a tensor that the code has made: it may change it in place."""
+        if constant.grad_fn is not None:
+            raise self.refuse("computes with parameters that it did not read as attributes")
+        if node.target not in self._copies:
+            self._copies[node.target] = self.create_node("call_method", "clone", (node,), {})
+        return self._copies[node.target]
+
+    def refuse(self, reason: str) -> fx.proxy.TraceError:
+        """The error to raise where the code does what a graph can't; remembered, in case the code catches it."""
+        self.refused = reason
+        return fx.proxy.TraceError(reason)
+
+    def to_bool(self, obj: fx.Proxy) -> bool:
+        """Control flow on a value."""
+        raise self.refuse("branches on a value")
+
+    def iter(self, obj: fx.Proxy) -> Any:
+        """A loop over a value."""
+        raise self.refuse("iterates over a value")
+
+    def is_tensor(self, node: fx.Node) -> bool:
+        """Whether a node certainly yields a tensor."""
+        if node.op == "call_module":
+            return isinstance(self.root.get_submodule(str(node.target)), _PLAIN)
+        if node.op == "get_attr":
+            return True
+        name = node.target if node.op == "call_method" else getattr(node.target, "__name__", "")
+        return node.op != "placeholder" and name not in _TUPLES and any(map(self.is_tensor, node.all_input_nodes))
 
     def create_args_for_root(self, *args: Any, **kwargs: Any) -> tuple[Any, list[Any]]:
         """The root's function and what to call it with."""
@@ -124,10 +167,14 @@ class Tracer(fx.Tracer):
     def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
         """Trace `root`; see `fx.Tracer.trace`."""
         present = set(root.__dict__)
+        tensors = (*root.parameters(), *root.buffers()) if self.conv_holders else ()
+        self.own_tensors = {id(tensor) for tensor in tensors}
         with torch.enable_grad():
             self._ambient = _ambient()
-            with _RandomFactories(self), _no_checkpointing():
+            with _Functions(self), _no_checkpointing(), _watched_builtins(self):
                 graph = super().trace(root, concrete_args)
+        if self.refused:
+            raise fx.proxy.TraceError(self.refused)
         made = {key: value for key, value in root.__dict__.items() if key.startswith("_tensor_constant") and key not in present}
         for key in made:
             del root.__dict__[key]
@@ -135,51 +182,137 @@ class Tracer(fx.Tracer):
         return graph
 
 
-class _Value(fx.Proxy):
-    """A traced value. To the code being traced, `isinstance(value, Tensor)` is what it will be when the graph runs."""
+class _Strict:
+    """What a graph can't answer or hold raises: a hash, an attribute that is set, a deep copy."""
 
-    def _class_seen(self) -> Any:
-        frame = sys._getframe(1)
-        ours = frame.f_code.co_filename.startswith(_TORCH) and frame.f_code.co_name != "is_tensor"
-        return _Value if ours or _is_size(self.node) else Tensor
+    tracer: Any
 
-    __class__ = property(_class_seen)
+    def __setattr__(self, k: str, value: Any) -> None:
+        if k not in ("node", "tracer", "root", "attr", "_node"):
+            raise self.tracer.refuse(f"sets the attribute {k!r} of a value")
+        super().__setattr__(k, value)
+
+    def __hash__(self) -> int:
+        if not _from_torch(sys._getframe(1)):
+            raise self.tracer.refuse("looks a value up in a set or dict")
+        return id(self)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        raise self.tracer.refuse("copies a value with copy.deepcopy")
+
+
+class _Attribute(_Strict, fx.proxy.Attribute):
+    """A traced value's attribute."""
+
+
+class _Value(_Strict, fx.Proxy):
+    """A traced value."""
+
+    def __getattr__(self, k: str) -> Any:
+        if not hasattr(Tensor, k):  # hasattr() on a Proxy would always be true
+            raise self.tracer.refuse(f"reads the attribute {k!r} of a value")
+        return _Attribute(self, k)
 
     def __setitem__(self, key: Any, value: Any) -> None:
         self.tracer.create_proxy("call_function", operator.setitem, (self, key, value), {})
 
 
+def _in_place(name: str) -> Callable[[_Value, Any], Any]:
+    def operate(self: _Value, other: Any) -> Any:
+        return self.tracer.create_proxy("call_function", getattr(operator, name), (self, other), {})
+
+    return operate
+
+
+for _name in ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "iand", "ior", "ixor", "imatmul"):
+    setattr(_Value, f"__{_name}__", _in_place(_name))  # fx records `y += 1` as `y + 1`
+
 _TORCH = os.path.dirname(torch.__file__) + os.sep
-_SIZE_METHODS = frozenset({"size", "dim", "ndimension", "numel", "stride", "item", "tolist"})
+_isinstance: Callable[[Any, Any], bool] = isinstance  # this and the next are patched while tracing
+_is_grad_enabled = torch.is_grad_enabled
+_TUPLES = frozenset(
+    {"split", "chunk", "unbind", "tensor_split", "max", "min", "topk", "sort", "var_mean", "std_mean", "size", "dim", "numel"}
+    | {"item", "tolist", "stride", "getattr", "getitem", "ndimension", "meshgrid", "unsafe_chunk", "mode", "median", "unique"}
+)
+_HELD = (dict, list, tuple, torch.Size, fx.immutable_collections.immutable_list, fx.immutable_collections.immutable_dict)
+_PLAIN = (
+    nn.Conv2d,
+    nn.modules.batchnorm._NormBase,
+    nn.ReLU,
+    nn.SiLU,
+    nn.GELU,
+    nn.Hardswish,
+    nn.Linear,
+    nn.GroupNorm,
+    nn.LayerNorm,
+)
 
 
-def _is_size(node: Any) -> bool:
-    """Whether a node yields a number or a size, as opposed to a tensor."""
-    if not isinstance(node, fx.Node):
+def _from_torch(frame: Any) -> bool:
+    """Whether a frame runs PyTorch's own code, or this module's; `torch.is_tensor` asks for its caller."""
+    if frame.f_code.co_filename == __file__:
         return True
-    if node.op == "call_method":
-        return node.target in _SIZE_METHODS
-    if node.op != "call_function":
-        return False
-    if node.target is getattr:
-        return node.args[1] in ("shape", "ndim", "dtype", "device", "layout", "is_cuda", "requires_grad")
-    from_operator = getattr(node.target, "__module__", None) in (operator.__name__, "_operator", "math")
-    return from_operator and all(_is_size(arg) for arg in node.all_input_nodes)
+    return frame.f_code.co_filename.startswith(_TORCH) and frame.f_code.co_name != "is_tensor"
 
 
-class _RandomFactories(TorchFunctionMode):
-    """Records calls that make random tensors, which would otherwise be drawn once, while tracing."""
+@contextlib.contextmanager
+def _watched_builtins(tracer: Tracer) -> Iterator[None]:
+    """Answer the questions that code may ask about values where the answer is certain; else raise."""
+
+    def isinstance_(value: Any, kinds: Any) -> bool:
+        if not _isinstance(value, fx.Proxy) or value.tracer is not tracer or _from_torch(sys._getframe(1)):
+            return bool(_isinstance(value, kinds))
+        if tracer.is_tensor(value.node):
+            return bool(issubclass(Tensor, kinds))
+        raise tracer.refuse("asks for the class of a value")
+
+    def watched(original: Callable[..., Any]) -> Callable[..., Any]:
+        def ask(*args: Any, **kwargs: Any) -> Any:
+            if threading.get_ident() == tracer.thread and not _from_torch(sys._getframe(1)):
+                raise tracer.refuse(f"asks {original.__name__}(), which a graph would freeze")
+            return original(*args, **kwargs)
+
+        return ask
+
+    questions = {name: getattr(torch, name) for name in ("is_grad_enabled", "is_autocast_enabled", "is_inference_mode_enabled")}
+    builtins.isinstance = isinstance_
+    for name, original in questions.items():
+        setattr(torch, name, watched(original))
+    try:
+        yield
+    finally:
+        builtins.isinstance = _isinstance
+        for name, original in questions.items():
+            setattr(torch, name, original)
+
+
+_TRACED = {_Value, _Attribute}
+_SHAPES = frozenset({"shape", "size", "dim", "ndim", "numel", "stride", "requires_grad", "is_leaf", "__hash__", "__len__"})
+
+
+class _Functions(TorchFunctionMode):
+    """Records calls that make random tensors, which would otherwise be drawn once; refuses to freeze parameters' values."""
 
     FACTORIES = frozenset({torch.rand, torch.randn, torch.randint, torch.randperm, torch.normal})
 
     def __init__(self, tracer: Tracer) -> None:
         super().__init__()
         self.tracer = tracer
+        self.state = torch.get_rng_state()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func in self.FACTORIES:
+        if func in self.FACTORIES and torch.get_rng_state().equal(self.state):
             return self.tracer.create_proxy("call_function", func, tuple(args), kwargs)
+        if func in self.FACTORIES:
+            raise self.tracer.refuse("seeds random numbers of its own")
+        name = getattr(func, "__name__", "")
+        in_place = (name.endswith("_") and not name.endswith("__")) or name.startswith("__i") or name == "__setitem__"
+        if in_place and args and type(args[0]) is Tensor and len({type(arg) for arg in args} & _TRACED):
+            raise self.tracer.refuse("changes a tensor that it has made by a value")
+        read = getattr(getattr(func, "__self__", None), "__name__", getattr(func, "__name__", ""))
+        if read not in _SHAPES and any(id(arg) in self.tracer.own_tensors for arg in args):
+            raise self.tracer.refuse("computes with parameters or buffers that it did not read as attributes")
         return func(*args, **kwargs)
 
 
@@ -203,7 +336,7 @@ def _no_checkpointing() -> Iterator[None]:
 def _ambient() -> tuple[bool, int]:
     nesting = torch.autocast_increment_nesting()
     torch.autocast_decrement_nesting()
-    return torch.is_grad_enabled(), nesting
+    return _is_grad_enabled(), nesting
 
 
 def random_state() -> tuple[Any, ...]:

@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from se_fx.capture import capture
 from se_fx.cost import Cost, Measurement, measure
 from se_fx.errors import SqueezeExciteError
-from se_fx.insertion import attach, blocks_of, insert, withdraw
+from se_fx.insertion import CONTAINER, attach, blocks_of, insert, withdraw
 from se_fx.optimizers import Joining, as_optimizers
 from se_fx.plan import Options, Plan, Where, choose, fit, give_plan, locate, new_block, plan_of
 from se_fx.regions import clone, graphs_of, own_class
@@ -215,7 +215,9 @@ def apply_squeeze_excite(
     chosen = choose(captured, options)
     convs = {site.name: model.get_submodule(site.name) for site in chosen.sites}
     blocks = {site.name: new_block(site, convs[site.name]) for site in chosen.sites}
-    join = Joining(chosen_optimizers, [(convs[name], block) for name, block in blocks.items()])
+    join = Joining(
+        chosen_optimizers, [(f"{name}.{CONTAINER}".lstrip("."), convs[name], block) for name, block in blocks.items()]
+    )
     for name, block in blocks.items():
         attach(convs[name], block)
     join.apply()

@@ -158,6 +158,22 @@ def test_optimizers_of_any_kind_go_on(make, cnn: nn.Sequential) -> None:
     fresh.load_state_dict(optimizer.state_dict())
 
 
+def test_optimizers_that_name_their_parameters(cnn: nn.Sequential) -> None:
+    optimizer = torch.optim.SGD(cnn.named_parameters(), lr=0.1)
+    se_fx.apply_squeeze_excite(cnn, min_channels=1, optimizers=optimizer)
+    (group,) = optimizer.param_groups
+    assert dict(zip(group["param_names"], group["params"], strict=True)) == dict(cnn.named_parameters())
+
+
+def test_a_convs_own_child_called_squeeze_excite_is_not_overwritten() -> None:
+    conv = nn.Conv2d(3, 8, 1)
+    conv.squeeze_excite = nn.Linear(2, 2)
+    model = nn.Sequential(conv)
+    se_fx.apply_squeeze_excite(model, min_channels=1)
+    assert conv.squeeze_excite.weight.shape == (2, 2)
+    assert se_fx.report(model).skipped[0].reason == "has a child of its own called squeeze_excite"
+
+
 def test_several_optimizers(cnn: nn.Sequential) -> None:
     first, second = torch.optim.SGD(cnn[0].parameters(), lr=1), torch.optim.Adam(cnn[3].parameters())
     se_fx.apply_squeeze_excite(cnn, min_channels=1, optimizers=(first, second))

@@ -486,10 +486,11 @@ class DropPath(Model):
 
 class ChecksTypes(Model):
     def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
         xs = [x] if isinstance(x, Tensor) else x
         assert torch.is_tensor(x)
         assert not isinstance(x, (list, tuple, dict))
-        return self.second(self.first(torch.cat(xs)))
+        return self.second(torch.cat(xs))
 
 
 class Buffers(Model):
@@ -766,3 +767,294 @@ def test_dynamo_neither_breaks_graphs_nor_recompiles_when_modes_do_not_change() 
         compiled(X)
     assert counters["stats"]["unique_graphs"] == 2
     assert not counters["graph_break"]
+
+
+# ------------------------------------------------------------------------------------------------ what graphs can't answer
+class Reverse(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> Tensor:
+        return -gradient
+
+
+def run_body(body, *args, sites: int = 1, calls: int = 2, **kwargs) -> nn.Module:
+    """Check a model whose forward is `body(self, x)` with one conv, in both modes, called repeatedly; returns the result."""
+
+    class OneConv(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 3, 3, padding=1)
+            self.register_buffer("buf", torch.full((1,), 2.0))
+
+        forward = body
+
+    model = OneConv()
+    result = rewritten(model, sites)
+    for training in (False, True):
+        model.train(training), result.train(training)
+        for _ in range(calls):
+            theirs, ours = copy.deepcopy(args), copy.deepcopy(args)
+            expected = outputs(model, *theirs, **kwargs)
+            actual = outputs(result, *ours, **kwargs)
+            assert torch.equal(actual, expected)
+            assert all(not isinstance(a, Tensor) or torch.equal(a, b) for a, b in zip(theirs, ours, strict=True))
+    return result
+
+
+def accumulates(self, x):
+    total = torch.zeros(1, 3, 1, 1)
+    for _ in range(2):
+        total += self.conv(x).mean((0, 2, 3), keepdim=True)
+    return total
+
+
+def fills_a_constant(self, x):
+    out = torch.zeros(2, 3, 8, 8)
+    out[:, 1] = self.conv(x)[:, 1]
+    out.add_(1)
+    return out
+
+
+def augments_an_alias(self, x):
+    y = self.conv(x)
+    alias = y
+    y += 1
+    view = y[:, :1]
+    view *= 5
+    x -= 1
+    return alias
+
+
+def sums_parameters(self, x):
+    return self.conv(x) * self.conv._parameters["weight"].square().sum() * dict(self.named_buffers())["buf"]
+
+
+def unpacks_lists(self, x):
+    if isinstance(x, (list, tuple)):
+        x = x[0]
+    return self.conv(x)
+
+
+def checks_sizes(self, x):
+    size = x.shape[-2:]
+    if not isinstance(size, (tuple, list)):
+        size = (size, size)
+    return F.interpolate(self.conv(x), size=size)
+
+
+def asks_for_attributes(self, x):
+    if hasattr(x, "tensors"):
+        x = x.tensors
+    return self.conv(x)
+
+
+def looks_up_a_dtype(self, x):
+    y = self.conv(x)
+    return y * {3: 2.0}.get(x.shape[1], 1.0) if x.dtype in {torch.float32} else y
+
+
+def sets_data(self, x):
+    x.data = x.data.clamp(0)
+    return self.conv(x)
+
+
+def catches_errors(self, x):
+    y = self.conv(x)
+    try:
+        if x.sum() > -1e9:
+            y = y * 2
+    except Exception:
+        pass
+    return y
+
+
+def asks_for_the_grad_mode(self, x):
+    return self.conv(x) * (1 if torch.is_grad_enabled() else 2)
+
+
+def seeds(self, x):
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        return self.conv(x) + torch.randn(1, 3, 1, 1)
+
+
+BODIES = [
+    lambda self, x: Reverse.apply(self.conv(x)),
+    lambda self, x: torch.as_tensor(self.conv(x)) * 2,
+    accumulates, fills_a_constant, augments_an_alias, sums_parameters, unpacks_lists, checks_sizes, asks_for_attributes,
+    looks_up_a_dtype, sets_data, catches_errors, asks_for_the_grad_mode, seeds,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("body", BODIES)
+def test_questions_and_side_effects_of_code(body) -> None:
+    run_body(body, X)
+
+
+def test_backward_passes_of_custom_functions_are_kept() -> None:
+    result = run_body(BODIES[0], X)
+    x = X.clone().requires_grad_()
+    result(x).sum().backward()
+    ones = torch.ones(2, 3, 8, 8)
+    expected = torch.nn.grad.conv2d_input(x.shape, result.conv.weight, -ones, padding=1)
+    torch.testing.assert_close(x.grad, expected)
+
+
+def test_lists_where_lists_are_taken() -> None:
+    run_body(unpacks_lists, [X])
+
+
+def test_parameters_are_read_at_each_call() -> None:
+    result = run_body(sums_parameters, X)
+    before = result(X)
+    with torch.no_grad():
+        result.buf.mul_(3)
+    assert torch.equal(result(X), before * 3)
+
+
+def mask_or_none(self, x, mask):
+    y = self.conv(x)
+    return y if mask is None else y * mask
+
+
+def one_or_the_other(self, x, a=None, b=None):
+    y = self.conv(x)
+    return y + b if (a is None and b is not None) else y
+
+
+def keywords(self, x, **options):
+    y = self.conv(x)
+    return y * options["mask"] if options.get("mask") is not None else y
+
+
+@pytest.mark.parametrize("mask", [None, torch.tensor(2.0)])
+def test_none_and_optional_arguments(mask) -> None:
+    run_body(mask_or_none, X, mask)
+    run_body(one_or_the_other, X, b=mask)
+    run_body(one_or_the_other, X, a=mask, b=mask)
+    run_body(keywords, X, mask=mask)
+    run_body(keywords, X)
+
+
+class Partial(nn.Conv2d):
+    def forward(self, x: Tensor):
+        return super().forward(x), 1
+
+
+class ChannelsLast(nn.Conv2d):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).permute(0, 2, 3, 1)
+
+
+class Doubled(nn.Conv2d):
+    def __call__(self, x: Tensor) -> Tensor:
+        return super().__call__(x) * 2
+
+
+@pytest.mark.parametrize("kind", [Partial, ChannelsLast])
+def test_conv_subclasses_that_return_something_else_are_skipped(kind: type[nn.Conv2d]) -> None:
+    model = nn.Sequential(kind(3, 8, 1))
+    result = rewritten(model, 0)
+    assert repr(result(X)) == repr(model(X))
+    assert se_fx.report(result).skipped[0].reason == "returns something else than a tensor (N, C, H, W)"
+
+
+def test_leaves_whose_call_is_their_own() -> None:
+    model = nn.Sequential(Doubled(3, 8, 1), nn.ReLU())
+    assert_same(model, rewritten(model, 1), X)
+
+
+def test_names_that_containers_have_too() -> None:
+    class Names(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.add, self.names = nn.Conv2d(3, 8, 1), nn.Sequential(nn.Conv2d(8, 8, 1))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.names(self.add(x))
+
+    model = Names()
+    assert_same(model, rewritten(model), X)
+    assert type(se_fx.remove(rewritten(model))) is Names
+
+
+def test_a_hooked_block_shared_by_two_regions() -> None:
+    class Uses(nn.Module):
+        def __init__(self, block: nn.Module) -> None:
+            super().__init__()
+            self.block, self.conv = block, nn.Conv2d(3, 3, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.conv(self.block(x))
+
+    class Owner(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            block = nn.Sequential(nn.Conv2d(3, 3, 1), nn.ReLU())
+            block.register_forward_hook(lambda module, args, output: output * 2)
+            self.a, self.z = Uses(block), Uses(block)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.z(self.a(x)) if float(x.sum()) > -1e9 else x
+
+    model = Owner()
+    assert_same(model, rewritten(model, 3), X)
+
+
+def test_closures_and_hooks_over_the_model_act_on_the_copy() -> None:
+    class Closes(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.drop = nn.Conv2d(3, 8, 1), nn.Dropout(0.5)
+            self.body = lambda x: self.drop(self.conv(x))
+
+        def before(self, x: Tensor) -> Tensor:
+            return x * 2
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.body(x)
+
+    model = Closes()
+    model.register_forward_pre_hook(lambda module, args: (module.before(args[0]),))
+    result = rewritten(model, 1)
+    assert_same(model, result, X)
+    result.eval()
+    model.train()
+    assert torch.equal(result(X), result(X))
+
+
+def test_generators_of_the_models_own_are_left_alone() -> None:
+    class Draws(Model):
+        def __init__(self) -> None:
+            super().__init__()
+            self.numpy, self.python = np.random.default_rng(0), random.Random(0)
+            self.generator = torch.Generator().manual_seed(0)
+
+        def forward(self, x: Tensor) -> Tensor:
+            noise = torch.empty(1).normal_(generator=self.generator)
+            return super().forward(x) * (self.numpy.random() + self.python.random()) * noise
+
+    model, reference = Draws(), Draws()
+    reference.load_state_dict(model.state_dict())
+    result = rewritten(model)
+    for _ in range(2):
+        assert torch.equal(result(X), reference(X))
+
+
+def test_a_train_method_of_a_childs_own() -> None:
+    class Frozen(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 8, 1)
+
+        def train(self, mode: bool = True):
+            return super().train(False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return F.dropout(self.conv(x), 0.5, self.training)
+
+    model = nn.Sequential(Frozen(), nn.Conv2d(8, 8, 1))
+    assert_same(model, rewritten(model), X)

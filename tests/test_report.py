@@ -86,7 +86,7 @@ def test_untraceable_parts_are_named_with_the_reason() -> None:
     assert report.alone == ("0.conv",)
     assert "Convs that such code calls, captured alone: 0.conv." in str(report)
     assert "These run their own code" in str(report)
-    assert "used as inputs to control flow" in str(report)
+    assert "branches on a value" in str(report)
 
 
 def test_to_dict_is_json(cnn: nn.Sequential) -> None:
@@ -155,6 +155,7 @@ SAVED = Plan((GOOD,)).to_dict()
         (None, "plan: expected"),
         ({**SAVED, "version": 2}, "plan: expected what Plan.to_dict() returns, of version 1, and got version 2; upgrade se_fx"),
         ({"version": 1}, "plan['sites']: expected a list"),
+        ({"version": 1, "sites": SAVED["sites"] * 2}, "plan['sites']: expected each site once, and got '0' twice"),
         ({"version": 1, "sites": "x"}, "plan['sites']: expected a list"),
         ({"version": 1, "sites": ["x"]}, "plan['sites']: expected a list"),
         ({"version": 1, "sites": [{}]}, "plan['sites'][0]: expected exactly the keys name"),

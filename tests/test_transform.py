@@ -108,6 +108,22 @@ def test_a_second_transform_adds_nothing(cnn: nn.Sequential) -> None:
     assert se_fx.transform(again, min_channels=512).state_dict().keys() == again.state_dict().keys()
 
 
+def test_replaying_a_plan_on_its_own_result_adds_nothing() -> None:
+    conv = nn.Conv2d(3, 256, 1)
+    for model in (conv, nn.Sequential(conv)):
+        plan = se_fx.plan(model)
+        once = se_fx.transform(model, plan)
+        twice = se_fx.transform(once, plan)
+        assert twice.state_dict().keys() == once.state_dict().keys()
+        assert len(se_fx.report(twice).sites) == 1
+        assert se_fx.remove(twice).state_dict().keys() == model.state_dict().keys()
+
+
+def test_under_another_default_device(cnn: nn.Sequential) -> None:
+    with torch.device("meta"):
+        assert {p.device.type for p in se_fx.transform(cnn, min_channels=1, init="identity").parameters()} == {"cpu"}
+
+
 def test_a_second_transform_can_add_more(cnn: nn.Sequential) -> None:
     once = se_fx.transform(cnn, min_channels=32, init="identity")
     twice = se_fx.transform(once, min_channels=1, init="identity")
@@ -311,6 +327,7 @@ def test_nothing_to_insert_is_no_error(cnn: nn.Sequential) -> None:
         ({"bias": 1}, "bias=1: expected True or False"),
         ({"activation": "swish"}, "activation='swish'"),
         ({"gate": "tanh"}, "gate='tanh'"),
+        ({"where": []}, "where=[]: expected a predicate"),
         ({"where": 3}, "where=3: expected a predicate"),
         ({"where": "layr*"}, "where='layr*': 'layr*' matches no Conv2d; the first is named '0'"),
         ({"min_chanels": 64}, "min_chanels: there is no such option; did you mean 'min_channels'?"),
