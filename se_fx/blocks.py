@@ -63,7 +63,8 @@ class SqueezeExcite2d(nn.Module):
         activation: a name in `ACTIVATIONS`, or a callable on tensors (a module included).
         gate: a name in `GATES`, or a callable on tensors (a module included).
         init: ``"default"`` initialises both layers as `nn.Linear` does. ``"identity"`` zeroes the second one and scales
-            the gate so that it is exactly 1.0 until training moves it: outputs equal inputs bitwise, where these are finite.
+            the gate so that it is exactly 1.0 until training moves it: outputs equal inputs bitwise, where the hidden
+            layer's values are finite.
         device: device of the parameters.
         dtype: dtype of the parameters.
 

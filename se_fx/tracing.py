@@ -250,9 +250,8 @@ _PLAIN = (
 
 def _from_torch(frame: Any) -> bool:
     """Whether a frame runs PyTorch's own code, or this module's; `torch.is_tensor` asks for its caller."""
-    if frame.f_code.co_filename == __file__:
-        return True
-    return frame.f_code.co_filename.startswith(_TORCH) and frame.f_code.co_name != "is_tensor"
+    path = str(frame.f_code.co_filename)
+    return path == __file__ or (path.startswith(_TORCH) and frame.f_code.co_name != "is_tensor")
 
 
 @contextlib.contextmanager

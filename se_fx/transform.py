@@ -12,11 +12,12 @@ from torch import nn
 from torch.optim import Optimizer
 
 from se_fx.capture import capture
+from se_fx.choosing import choose, fit, locate, new_block
 from se_fx.cost import Cost, Measurement, measure
 from se_fx.errors import SqueezeExciteError
 from se_fx.insertion import CONTAINER, attach, blocks_of, insert, withdraw
 from se_fx.optimizers import Joining, as_optimizers
-from se_fx.plan import Options, Plan, Where, choose, fit, give_plan, locate, new_block, plan_of
+from se_fx.plan import Options, Plan, Where, give_plan, plan_of
 from se_fx.regions import clone, graphs_of, own_class
 from se_fx.report import Report
 
