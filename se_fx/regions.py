@@ -101,8 +101,9 @@ def _carry_list(value: Any, memo: dict[int, Any]) -> Any:
 
 
 def _carry_tuple(value: tuple[Any, ...], memo: dict[int, Any]) -> Any:
-    items = tuple([_carry(item, memo) for item in value])
-    return items if any(a is not b for a, b in zip(items, value, strict=True)) else value
+    if not any(type(item) in _CARRIED or id(item) in memo for item in value):
+        return value
+    return tuple(_carry(item, memo) for item in value)
 
 
 def _carry_set(value: set[Any], memo: dict[int, Any]) -> Any:

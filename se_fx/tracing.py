@@ -259,8 +259,8 @@ def _watched_builtins(tracer: Tracer) -> Iterator[None]:
     """Answer the questions that code may ask about values where the answer is certain; else raise."""
 
     def isinstance_(value: Any, kinds: Any) -> bool:
-        if not _isinstance(value, fx.Proxy) or value.tracer is not tracer or _from_torch(sys._getframe(1)):
-            return bool(_isinstance(value, kinds))
+        if type(value) not in _TRACED or _from_torch(sys._getframe(1)):
+            return _isinstance(value, kinds)
         if tracer.is_tensor(value.node):
             return bool(issubclass(Tensor, kinds))
         raise tracer.refuse("asks for the class of a value")
