@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from se_fx.errors import SqueezeExciteError
-from se_fx.regions import Inserted, clone, constants_of
+from se_fx.regions import Inserted, clone, constants_of, hooked
 from se_fx.snapshot import Snapshot
 from se_fx.tracing import DRAWS, Tracer, random_state, reason_of, set_random_state
 
@@ -153,7 +153,7 @@ class _Tracing:
         for name, child in module.named_modules():
             if child is module or child not in conv_holders or isinstance(child, nn.Conv2d):
                 continue
-            if _hooked(child):
+            if hooked(child):
                 self.opaque[name] = "has hooks, which a graph would drop"
             elif type(child).train is not nn.Module.train:
                 self.opaque[name] = "has a train() of its own, which sets modes that a graph would not see"
@@ -291,12 +291,6 @@ def _conv_holders(model: nn.Module) -> set[nn.Module]:
 
     holds(model)
     return holders
-
-
-def _hooked(module: nn.Module) -> bool:
-    return any(
-        module.__dict__.get(name) for name in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    )
 
 
 _WRAPPERS = ("DistributedDataParallel", "DataParallel", "FullyShardedDataParallel", "OptimizedModule")

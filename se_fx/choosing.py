@@ -34,7 +34,7 @@ def choose(capture: Capture, options: Options) -> Plan:
     attention = {
         region.qualified(name)
         for region in capture.regions
-        for graph in (region.graphs or {}).values()
+        for graph in set((region.graphs or {}).values())  # one, where the modes agree
         for name in attention_convs(graph, region.module)
     }
     least = _least_channels(options, convs)

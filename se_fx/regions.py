@@ -25,6 +25,7 @@ __all__ = [
     "clone",
     "constants_of",
     "graphs_of",
+    "hooked",
     "own_class",
     "restore_code",
     "run_graphs",
@@ -213,7 +214,8 @@ def run_graphs(module: nn.Module, views: Mapping[bool, fx.GraphModule], *, as_gr
     module.__dict__.update({name: current.__dict__[name] for name in (*added, "_graph")})
     for graph in graphs.values():
         graph.owning_module = cast("fx.GraphModule", module)
-    keep = _overrides_module_methods(own) or _hooked_by_own_code(module)
+    # Hooks may call methods of the model.
+    keep = not issubclass(own, fx.GraphModule) and (_overrides_module_methods(own) or hooked(module))
     if keep:
         module.__class__ = _graph_region_class(own, own_graph, added, keep)
         cast("GraphRegion", module).recompile()
@@ -324,16 +326,14 @@ def _graph_region_class(
 
 def _overrides_module_methods(own: type[nn.Module]) -> bool:
     """Whether a class changes what `train`, `state_dict` and other methods of every module do, so that they must be kept."""
-    if issubclass(own, fx.GraphModule):
-        return False
     theirs = [kind for kind in own.__mro__ if issubclass(kind, nn.Module) and not kind.__module__.startswith("torch.nn.")]
     return any(name in _MODULE_METHODS for kind in theirs for name in vars(kind))
 
 
-def _hooked_by_own_code(module: nn.Module) -> bool:
-    """Whether a module has hooks, which may call its methods."""
-    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    return any(hooks) and not isinstance(module, fx.GraphModule)
+def hooked(module: nn.Module) -> bool:
+    """Whether calling a module does more than run its forward: it has forward or backward hooks."""
+    names = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return any(module.__dict__.get(name) for name in names)
 
 
 _MODULE_METHODS = {name for name, member in vars(nn.Module).items() if isinstance(member, types.FunctionType)}
