@@ -12,6 +12,8 @@ Tracing happens on a scratch clone, so that whatever a model's code does to itse
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import inspect
 import threading
 from collections.abc import Iterator
@@ -105,7 +107,7 @@ def capture(model: nn.Module) -> Capture:
         for name in tracing.opaque:
             visit(module.get_submodule(name))
 
-    with _tracing_lock:
+    with _tracing_lock, _collector_paused():
         randomness = random_state()
         try:
             visit(scratch)
@@ -277,6 +279,18 @@ def _agree(a: fx.Graph, b: fx.Graph, inputs: dict[str, Any] | None = None) -> bo
 
 # ------------------------------------------------------------------------------------------------------------- the model
 _tracing_lock = threading.RLock()  # one patch of nn.Module at a time
+
+
+@contextlib.contextmanager
+def _collector_paused() -> Iterator[None]:
+    """Graphs are cycles, and hundreds of thousands of objects: the collector would walk them over and over."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def _conv_holders(model: nn.Module) -> set[nn.Module]:
