@@ -5,6 +5,7 @@ from se_fx.cost import Cost
 from se_fx.errors import SqueezeExciteError
 from se_fx.plan import Plan, Site
 from se_fx.report import Report
+from se_fx.suggest import Suggestion, suggest
 from se_fx.transform import apply_squeeze_excite, plan, remove, report, transform
 
 __all__ = [
@@ -14,10 +15,12 @@ __all__ = [
     "Site",
     "SqueezeExcite2d",
     "SqueezeExciteError",
+    "Suggestion",
     "apply_squeeze_excite",
     "plan",
     "remove",
     "report",
+    "suggest",
     "transform",
 ]
 __version__ = "0.1.0"

@@ -10,12 +10,14 @@ from torch import Tensor, nn
 
 from se_fx.errors import SqueezeExciteError
 
-__all__ = ["ACTIVATIONS", "GATES", "INITS", "SqueezeExcite2d", "latent_width"]
+__all__ = ["ACTIVATIONS", "BLOCKS", "GATES", "INITS", "SqueezeExcite2d", "latent_width"]
 
 #: Gate functions by name. Each maps the excitation's logits to the factors a channel is scaled by.
 GATES: dict[str, Callable[[], nn.Module]] = {"sigmoid": nn.Sigmoid, "hardsigmoid": nn.Hardsigmoid}
 #: Hidden activations by name.
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {"relu": nn.ReLU, "silu": nn.SiLU, "gelu": nn.GELU}
+#: Attention blocks of others by name, each made from the number of channels: empty, for whoever wants to save plans with them.
+BLOCKS: dict[str, Callable[[int], nn.Module]] = {}
 #: Initialisations by name; see `SqueezeExcite2d`.
 INITS = ("default", "identity")
 

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
-import fnmatch
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import nn
 
-from se_fx.blocks import latent_width
+from se_fx.blocks import BLOCKS, SqueezeExcite2d, latent_width
 from se_fx.capture import Capture, Region
-from se_fx.cost import measure
+from se_fx.cost import Cost, measure
+from se_fx.dataflow import attention_convs
 from se_fx.errors import SqueezeExciteError
-from se_fx.insertion import Insertion
-from se_fx.placement import PLACEMENTS, Spot, attention_convs
-from se_fx.plan import Options, Plan, Site, Skip, Where, parameters_only, plan_of
+from se_fx.insertion import CONTAINER, Insertion
+from se_fx.options import Options, Where, matches
+from se_fx.placement import ELSEWHERE, PLACEMENTS, Policy, Spot
+from se_fx.plan import Callables, Plan, Site, Skip, parameters_only, plan_of
 
 __all__ = ["choose", "fit", "locate", "new_block"]
 
@@ -25,12 +28,20 @@ def choose(capture: Capture, options: Options) -> Plan:
     """The sites `options` ask for in a captured model.
 
     Raises:
-        SqueezeExciteError: the model has no Conv2d, or `where` matches none.
+        SqueezeExciteError: the model has no Conv2d, or nothing that the placement is for, or `where` or an override
+            matches none.
     """
-    convs = {name: module for name, module in capture.model.named_modules() if isinstance(module, nn.Conv2d)}
+    names = _Names()
+    placement = names.of("placement", options.placement)
+    convs = _convs(capture)
     if not convs:
         raise SqueezeExciteError(f"model: {type(capture.model).__name__} has no nn.Conv2d for a block to follow")
-    spots = {name: spot for name, (_, spot, _) in _spots(capture, options.placement).items()}
+    spots = {name: spot for name, (_, spot, _) in _spots(capture, _policy(placement, names.callables)).items()}
+    if not spots:
+        others = " or ".join(repr(name) for name, policy in PLACEMENTS.items() if _spots(capture, policy))
+        raise SqueezeExciteError(
+            f"placement={placement!r}: the graphs of {type(capture.model).__name__} have no such place; they have for {others}"
+        )
     attention = {
         region.qualified(name)
         for region in capture.regions
@@ -40,20 +51,52 @@ def choose(capture: Capture, options: Options) -> Plan:
     least = _least_channels(options, convs)
     wanted = _wanted(options.where, convs)
     there = plan_of(capture.model)
-    taken = {site.name: site for site in there.sites} if there else {}
+    taken = {site.name for site in there.sites} if there else set()
+    elsewhere = ELSEWHERE.get(placement, f"is not chosen by {placement}")
     sites: list[Site] = []
     skipped: list[Skip] = []
     for name, module in convs.items():
-        reason = _why_not(name, module, least, wanted, spots, attention, taken)
-        if reason is None:
-            spot = spots[name]
-            width = latent_width(options.latent_channels, spot.channels)
-            kind = {key: getattr(options, key) for key in ("placement", "init", "bias", "activation", "gate")}
-            site = Site(name, spot.channels, width, **kind)
-            sites.append(dataclasses.replace(site, cost=parameters_only(site)))
-        elif "squeeze_excite" not in name.split("."):
+        spot = spots.get(name)
+        reason = _why_not(name, module, spot, least, wanted, attention, taken, elsewhere)
+        if reason is None and spot is not None:
+            sites.append(_site(name, spot, placement, options.of(name), names))
+        elif reason is not None:
             skipped.append(Skip(name, module.out_channels, reason))
-    return _with_capture(Plan(tuple(sites), tuple(skipped)), capture)
+    for pattern in options.overrides or {}:
+        if not any(matches(name, [pattern]) for name in convs):
+            raise SqueezeExciteError(f"overrides: {pattern!r} matches no Conv2d; the first is named {next(iter(convs))!r}")
+    return _with_model(Plan(tuple(sites), tuple(skipped), callables=names.callables), capture)
+
+
+class _Names:
+    """Names for the caller's own functions, by which sites refer to them."""
+
+    def __init__(self) -> None:
+        self.callables: dict[tuple[str, str], Callable[..., Any]] = {}
+
+    def of(self, field: str, choice: str | Callable[..., Any]) -> str:
+        if isinstance(choice, str):
+            return choice
+        described = choice if hasattr(choice, "__name__") else type(choice)
+        base = ".".join(filter(None, (getattr(described, "__module__", ""), described.__name__)))
+        count, name = 1, base
+        while self.callables.get((field, name), choice) is not choice:
+            count += 1
+            name = f"{base}#{count}"
+        self.callables[field, name] = choice
+        return name
+
+
+def _site(name: str, spot: Spot, placement: str, options: Options, names: _Names) -> Site:
+    if options.block is not None:
+        site = Site(name, spot.channels, None, placement, block=names.of("block", options.block))
+        with torch.random.fork_rng(devices=[]):
+            parameters = new_block(site, names.callables).parameters()
+        return dataclasses.replace(site, cost=Cost(params=sum(parameter.numel() for parameter in parameters)))
+    width = latent_width(options.latent_channels, spot.channels)
+    activation, gate = names.of("activation", options.activation), names.of("gate", options.gate)
+    site = Site(name, spot.channels, width, placement, options.init, options.bias, activation, gate)
+    return dataclasses.replace(site, cost=parameters_only(site))
 
 
 def fit(plan: Plan, capture: Capture) -> Plan:
@@ -61,42 +104,53 @@ def fit(plan: Plan, capture: Capture) -> Plan:
     there = plan_of(capture.model)
     taken = {site.name for site in there.sites} if there else set()
     names = {site.name for site in plan.sites}
-    convs = {name: module for name, module in capture.model.named_modules() if isinstance(module, nn.Conv2d)}
-    skipped = (Skip(name, module.out_channels, "not in the plan") for name, module in convs.items() if name not in names)
+    skipped = (Skip(name, conv.out_channels, "not in the plan") for name, conv in _convs(capture).items() if name not in names)
     sites = tuple(site for site in plan.sites if site.name not in taken)
-    return _with_capture(dataclasses.replace(plan, sites=sites, skipped=tuple(skipped)), capture)
+    return _with_model(dataclasses.replace(plan, sites=sites, skipped=tuple(skipped)), capture)
 
 
-def _with_capture(plan: Plan, capture: Capture) -> Plan:
+def _with_model(plan: Plan, capture: Capture) -> Plan:
     alone = tuple(region.path for region in capture.regions if region.graphs is None)
-    return dataclasses.replace(plan, opaque=tuple(capture.opaque.items()), alone=alone)
+    there = plan_of(capture.model) or Plan(())
+    parameters = sum(parameter.numel() for parameter in capture.model.parameters()) - there.added.params
+    base = Cost(params=parameters)
+    return dataclasses.replace(plan, opaque=tuple(capture.opaque.items()), alone=alone, base=base, measured=False)
+
+
+def _convs(capture: Capture) -> dict[str, nn.Conv2d]:
+    """The model's own Conv2d layers by qualified name; not those of blocks."""
+    convs = {name: module for name, module in capture.model.named_modules() if isinstance(module, nn.Conv2d)}
+    there = plan_of(capture.model)
+    return {name: conv for name, conv in convs.items() if there is None or CONTAINER not in name.split(".")}
 
 
 def _why_not(
     name: str,
     module: nn.Conv2d,
+    spot: Spot | None,
     least: int,
     wanted: set[str],
-    spots: Mapping[str, Spot],
     attention: set[str],
-    taken: Mapping[str, Site],
+    taken: set[str],
+    elsewhere: str,
 ) -> str | None:
+    channels = spot.channels if spot is not None else module.out_channels
     if name in taken:
         return "has a Squeeze-and-Excitation block already"
     if name in attention:
         return "computes an attention gate"
     if not _parameter(module).dtype.is_floating_point:
         return f"is of dtype {_parameter(module).dtype}, which no block is made for"
-    if module.out_channels < least:
-        return f"{module.out_channels} output channels < min_channels={least}"
+    if channels < least:
+        return f"{channels} {'output ' if channels == module.out_channels else ''}channels < min_channels={least}"
     if name not in wanted:
         return "excluded by where"
     if "squeeze_excite" in module._modules:
         return "has a child of its own called squeeze_excite"
     if type(module).forward is not nn.Conv2d.forward and not _returns_a_feature_map(module):
         return "returns something else than a tensor (N, C, H, W)"
-    if name not in spots:
-        return "is never called by the code that was captured"
+    if spot is None:
+        return elsewhere
     return None
 
 
@@ -123,17 +177,13 @@ def _wanted(where: Where, convs: Mapping[str, nn.Conv2d]) -> set[str]:
         return {name for name, module in convs.items() if where(name, module)}
     patterns = [where] if isinstance(where, str) else list(where)
     for pattern in patterns:
-        if not any(fnmatch.fnmatchcase(name, pattern.removeprefix("!")) for name in convs):
+        if not any(matches(name, [pattern.removeprefix("!")]) for name in convs):
             raise SqueezeExciteError(
                 f"where={where!r}: {pattern!r} matches no Conv2d; the first is named {next(iter(convs))!r}"
             )
     include = [pattern for pattern in patterns if not pattern.startswith("!")] or ["*"]
     exclude = [pattern[1:] for pattern in patterns if pattern.startswith("!")]
-    return {name for name in convs if _matches(name, include) and not _matches(name, exclude)}
-
-
-def _matches(name: str, patterns: Iterable[str]) -> bool:
-    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+    return {name for name in convs if matches(name, include) and not matches(name, exclude)}
 
 
 # ------------------------------------------------------------------------------------------------------------- replaying
@@ -149,27 +199,61 @@ def locate(capture: Capture, plan: Plan, device: torch.device | None = None) -> 
         SqueezeExciteError: a site does not fit the model; names the first that doesn't.
     """
     convs = dict(capture.model.named_modules())
-    found = {placement: _spots(capture, placement) for placement in {site.placement for site in plan.sites}}
+    placements = {site.placement for site in plan.sites}
+    found = {placement: _spots(capture, _policy(placement, plan.callables)) for placement in placements}
     insertions: dict[str, list[Insertion]] = {}
     for site in plan.sites:
         conv = convs.get(site.name)
         if not isinstance(conv, nn.Conv2d) or site.name not in found[site.placement]:
-            has = "has no such Conv2d" if not isinstance(conv, nn.Conv2d) else "does not call it where a block could follow"
-            raise SqueezeExciteError(f"plan: site {site.name!r} does not fit: {type(capture.model).__name__} {has}")
-        region, spot, nodes = found[site.placement][site.name]
+            elsewhere = ELSEWHERE.get(site.placement, f"is not chosen by {site.placement}")
+            why = "has no such Conv2d" if not isinstance(conv, nn.Conv2d) else f"has this Conv2d, but it {elsewhere}"
+            raise SqueezeExciteError(f"plan: site {site.name!r} does not fit: {type(capture.model).__name__} {why}")
+        region, spot, spots = found[site.placement][site.name]
         if spot.channels != site.channels:
             raise SqueezeExciteError(
                 f"plan: site {site.name!r} does not fit: the plan has {site.channels} channels there, the model {spot.channels}"
             )
         name = site.name[len(region.path) + 1 :] if region.path else site.name
-        insertions.setdefault(region.path, []).append(Insertion(name, new_block(site, conv, device), nodes))
+        insertions.setdefault(region.path, []).append(Insertion(name, new_block(site, plan.callables, conv, device), spots))
     return insertions
 
 
-def new_block(site: Site, conv: nn.Module, device: torch.device | None = None) -> nn.Module:
-    """A block of the kind `site` says, on the device and of the dtype and mode of `conv`."""
-    assert isinstance(conv, nn.Conv2d)
-    return site.block(device or _parameter(conv).device, _parameter(conv).dtype).train(conv.training)
+def new_block(site: Site, callables: Callables, conv: nn.Conv2d | None = None, device: torch.device | None = None) -> nn.Module:
+    """A block of the kind `site` says; with a conv, on its device (or the one given), of its dtype and in its mode.
+
+    Raises:
+        SqueezeExciteError: `site` names a function that isn't known here, or a factory makes no module.
+    """
+    device = device or (None if conv is None else _parameter(conv).device)
+    dtype = None if conv is None else _parameter(conv).dtype
+    if site.block is None:
+        assert site.latent_channels is not None
+        activation = copy.deepcopy(callables.get(("activation", site.activation), site.activation))
+        gate = copy.deepcopy(callables.get(("gate", site.gate), site.gate))
+        kind: dict[str, Any] = {"bias": site.bias, "init": site.init, "device": device, "dtype": dtype}
+        block: Any = SqueezeExcite2d(site.channels, site.latent_channels, activation=activation, gate=gate, **kind)
+    else:
+        factory = callables.get(("block", site.block)) or BLOCKS.get(site.block)
+        if factory is None:
+            raise SqueezeExciteError(
+                f"plan: site {site.name!r} has the block {site.block!r}, unknown here; add its factory to se_fx.blocks.BLOCKS"
+            )
+        block = factory(site.channels)
+        if not isinstance(block, nn.Module):
+            raise SqueezeExciteError(
+                f"block={site.block!r}: expected a factory channels -> nn.Module, and it made a {type(block).__name__}"
+            )
+        block = block.to(device=device, dtype=dtype)
+    return block.train(conv is None or conv.training)  # type: ignore[no-any-return]
+
+
+def _policy(placement: str, callables: Callables) -> Policy:
+    policy = callables.get(("placement", placement)) or PLACEMENTS.get(placement)
+    if policy is None:
+        raise SqueezeExciteError(
+            f"plan: placement {placement!r} is unknown here; add the policy to se_fx.placement.PLACEMENTS under that name"
+        )
+    return policy
 
 
 def _parameter(conv: nn.Conv2d) -> torch.Tensor:
@@ -179,19 +263,20 @@ def _parameter(conv: nn.Conv2d) -> torch.Tensor:
     return conv.weight
 
 
-def _spots(capture: Capture, placement: str) -> dict[str, tuple[Region, Spot, dict[bool, tuple[fx.Node, ...]]]]:
-    """The spots of a captured model by the qualified name of their conv: region, spot, and nodes by `training`."""
-    found: dict[str, tuple[Region, Spot, dict[bool, tuple[fx.Node, ...]]]] = {}
+def _spots(capture: Capture, policy: Policy) -> dict[str, tuple[Region, Spot, dict[bool, Spot]]]:
+    """The spots of a captured model by the qualified name of their conv: region, one spot, and spots by `training`."""
+    found: dict[str, tuple[Region, Spot, dict[bool, Spot]]] = {}
     alone = {region.path for region in capture.regions if region.graphs is None}
     for region in capture.regions:
         if region.graphs is None:
             assert isinstance(region.module, nn.Conv2d)
-            found[region.path] = region, Spot("", region.module.out_channels, ()), {}
+            if policy is PLACEMENTS["conv"]:
+                found[region.path] = region, Spot("", region.module.out_channels, ()), {}
             continue
-        by_graph = {graph: list(PLACEMENTS[placement](graph, region.module)) for graph in set(region.graphs.values())}
+        by_graph = {graph: list(policy(graph, region.module)) for graph in set(region.graphs.values())}
         for training, graph in region.graphs.items():
             for spot in by_graph[graph]:
                 name = region.qualified(spot.conv)
                 if name not in alone:
-                    found.setdefault(name, (region, spot, {}))[2][training] = spot.nodes
+                    found.setdefault(name, (region, spot, {}))[2][training] = spot
     return found

@@ -158,7 +158,7 @@ def _add_arguments(command: argparse.ArgumentParser) -> None:
     options.add_argument(
         "--latent-channels", type=_number, metavar="X", help="hidden width, or a fraction of the channels (default: 64)"
     )
-    options.add_argument("--placement", help="where a block goes (default: conv)")
+    options.add_argument("--placement", help="where a block goes: conv, norm, residual, pre, post or identity (default: conv)")
     options.add_argument("--where", action="append", metavar="GLOB", help="only convs named so; '!GLOB' excludes; repeatable")
     options.add_argument("--init", help="default or identity (default: default)")
     options.add_argument("--bias", action="store_true", default=None, help="biases in the blocks' linear layers")

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import functools
-import operator
+import dataclasses
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
@@ -13,6 +12,7 @@ from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
 from se_fx.capture import Capture, Region
 from se_fx.errors import SqueezeExciteError
+from se_fx.placement import Spot
 from se_fx.regions import Inserted, add_constants, clone, restore_code, run_graphs, view
 from se_fx.tracing import Tracer
 
@@ -31,22 +31,24 @@ class Insertion:
     Attributes:
         name: the block's name in the region's container of blocks.
         block: the module that scales the values.
-        nodes: the values to scale in each graph, by `training`. Empty for a lone Conv2d.
+        spots: where it goes in each graph, by `training`. Empty for a lone Conv2d.
     """
 
     name: str
     block: nn.Module
-    nodes: Mapping[bool, tuple[fx.Node, ...]]
+    spots: Mapping[bool, Spot]
 
 
 class InsertBlocks(PassBase):
-    """Inserts a `call_module` after each given node and has all the node's users read it.
+    """Inserts `call_module` nodes that scale given values, and has their readers read what these return.
+
+    Two blocks on one value follow each other, whichever is inserted first.
 
     Args:
-        blocks: for each block its target in the graph module, the module, and the nodes whose values it scales.
+        blocks: for each block its target in the graph module, the module, and where it goes.
     """
 
-    def __init__(self, blocks: Iterable[tuple[str, nn.Module, tuple[fx.Node, ...]]]) -> None:
+    def __init__(self, blocks: Iterable[tuple[str, nn.Module, Spot]]) -> None:
         self.blocks = tuple(blocks)
 
     def requires(self, graph_module: fx.GraphModule) -> None:
@@ -56,20 +58,27 @@ class InsertBlocks(PassBase):
             SqueezeExciteError: one doesn't.
         """
         present = set(graph_module.graph.nodes)
-        for target, _, nodes in self.blocks:
-            for node in nodes:
+        for target, _, spot in self.blocks:
+            for node in (*spot.nodes, *(spot.readers or ())):
                 if node not in present:
                     raise SqueezeExciteError(f"block {target!r}: the node {node.name!r} is not in this graph")
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
         """Edit `graph_module` in place."""
         graph = graph_module.graph
-        for target, block, nodes in self.blocks:
+        scaled_by_all: dict[fx.Node, fx.Node] = {}
+        for target, block, spot in self.blocks:
             graph_module.add_submodule(target, block)
-            for node in nodes:
-                with graph.inserting_after(node):
-                    scaled = graph.call_module(target, (node,))
-                node.replace_all_uses_with(scaled, delete_user_cb=functools.partial(operator.is_not, scaled))
+            for node in spot.nodes:
+                value = scaled_by_all.get(node, node)
+                readers = [user for user in value.users if spot.readers is None or user in spot.readers]
+                # For some readers alone, as late as they allow: the value may be changed in place until then.
+                with graph.inserting_after(value) if spot.readers is None else graph.inserting_before(min(readers)):
+                    scaled = graph.call_module(target, (value,))
+                for reader in readers:
+                    reader.replace_input_with(value, scaled)
+                if spot.readers is None:
+                    scaled_by_all[node] = scaled
                 scaled.meta["nn_module_stack"] = {
                     **node.meta.get("nn_module_stack", {}),
                     target: (target, type(block)),
@@ -107,6 +116,7 @@ def _rewrite(module: nn.Module, region: Region, insertions: list[Insertion]) -> 
     for each in insertions:
         _hold(module, container, each)
     views: dict[fx.Graph, fx.GraphModule] = {}
+    nowhere = Spot("", 0, ())
     for training, graph in region.graphs.items():
         if graph in views:
             continue
@@ -115,7 +125,7 @@ def _rewrite(module: nn.Module, region: Region, insertions: list[Insertion]) -> 
         if container:
             views[graph].add_submodule(container, module.get_submodule(container))
         InsertBlocks(
-            (f"{container}.{each.name}", each.block, tuple(twin[node] for node in each.nodes.get(training, ())))
+            (f"{container}.{each.name}", each.block, _moved(each.spots[training], twin) if training in each.spots else nowhere)
             for each in insertions
         )(views[graph])
     by_mode = {training: views[graph] for training, graph in region.graphs.items()}
@@ -128,6 +138,12 @@ def _copied(graph: fx.Graph) -> tuple[fx.Graph, dict[fx.Node, fx.Node]]:
     value, output = cast("tuple[Any, fx.Node]", copied.graph_copy(graph, twin, return_output_node=True))
     twin[output] = copied.output(value, type_expr=output.type)
     return copied, twin
+
+
+def _moved(spot: Spot, twin: Mapping[fx.Node, fx.Node]) -> Spot:
+    """The same spot in a copy of its graph."""
+    readers = None if spot.readers is None else frozenset(twin[node] for node in spot.readers)
+    return dataclasses.replace(spot, nodes=tuple(twin[node] for node in spot.nodes), readers=readers)
 
 
 def _container(module: nn.Module) -> str:

@@ -1,20 +1,29 @@
 """Placement policies: from a region's graph to the values that may be scaled. Knows nothing of how nodes are edited.
 
-A policy is a function ``(graph, root) -> Iterator[Spot]``, `root` being the module the graph's targets refer to.
+A policy is a function ``(graph, root) -> Iterable[Spot]``, `root` being the module the graph's targets refer to, not to be
+changed. Any function of this kind does; `PLACEMENTS` names those that come along.
+
+    unit:      start ──┬── conv ─ norm ─ relu ─ conv ─ norm ──── add ─ relu ──
+                       └──────────── shortcut ──────────────────┘
+    pre ───────────────▲                              ▲  ▲        ▲     ▲
+    conv, norm ─────────────────(every conv)──────────┘──┤        │     │
+    residual ────────────────────────────────────────────┘        │     │
+    identity (on the shortcut) ───────────────────────────────────┘     │
+    post ───────────────────────────────────────────────────────────────┘
 """
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
 
-import torch
-import torch.nn.functional as F
 from torch import fx, nn
 
-__all__ = ["PLACEMENTS", "Policy", "Spot", "attention_convs", "conv"]
+from se_fx.channels import channels
+from se_fx.dataflow import Modules, called, modules_of
+from se_fx.residual import Unit, activation_after, changes_in_place, residual_units
+
+__all__ = ["ELSEWHERE", "PLACEMENTS", "Policy", "Spot", "conv", "identity", "norm", "post", "pre", "residual"]
 
 
 @dataclass(frozen=True)
@@ -22,131 +31,130 @@ class Spot:
     """Where one block can go.
 
     Attributes:
-        conv: the Conv2d whose output is scaled: its name in the region.
+        conv: the Conv2d the block is named after: its name in the region.
         channels: channels of the scaled value.
-        nodes: the values to scale, one for each call of a shared module; all their users are to read the scaled value.
+        nodes: the values to scale, of shape (N, channels, H, W); several where a shared module is called several times.
+        readers: the users that are to read the scaled value; None for all.
     """
 
     conv: str
     channels: int
     nodes: tuple[fx.Node, ...]
+    readers: frozenset[fx.Node] | None = None
 
 
-Policy = Callable[[fx.Graph, nn.Module], Iterator[Spot]]
+Policy = Callable[[fx.Graph, nn.Module], Iterable[Spot]]
 
 
+# ------------------------------------------------------------------------------------------------------------ every conv
 def conv(graph: fx.Graph, root: nn.Module) -> Iterator[Spot]:
     """Directly after each Conv2d (MosaicML Composer's placement): one block for a module, applied at each of its calls."""
-    modules, calls = _modules(root), dict[nn.Conv2d, list[fx.Node]]()
-    for node in graph.nodes:
-        module = _called(node, modules)
-        if isinstance(module, nn.Conv2d):
-            calls.setdefault(module, []).append(node)
-    for module, nodes in calls.items():
+    for module, nodes in _conv_calls(graph, modules_of(root)).items():
         yield Spot(str(nodes[0].target), module.out_channels, tuple(nodes))
 
 
-#: Placement policies by name.
-PLACEMENTS: dict[str, Policy] = {"conv": conv}
+def norm(graph: fx.Graph, root: nn.Module) -> Iterator[Spot]:
+    """After the normalisation that follows each Conv2d, so that the two still fuse for inference."""
+    modules = modules_of(root)
+    for module, nodes in _conv_calls(graph, modules).items():
+        norms = [_norm_after(node, modules) for node in nodes]
+        if all(node is not None for node in norms):
+            yield Spot(str(nodes[0].target), module.out_channels, tuple(node for node in norms if node is not None))
 
 
-Modules = Mapping[str, nn.Module]  # by qualified name
-
-
-def _modules(root: nn.Module) -> Modules:
-    return dict(root.named_modules(remove_duplicate=False))
-
-
-def _called(node: fx.Node, modules: Modules) -> nn.Module | None:
-    """The module that a `call_module` node calls; None for other nodes."""
-    return modules[str(node.target)] if node.op == "call_module" else None
-
-
-# ------------------------------------------------------------------------------------------------------------- attention
-def attention_convs(graph: fx.Graph, root: nn.Module) -> set[str]:
-    """Convs that compute a gate: between a pooling to 1x1 and a product (or sum) with a value that is not pooled.
-
-    Recognised by dataflow, so whoever wrote the gate. A head's convs after global pooling lead back to no feature map,
-    and are no gate's.
-    """
-    modules = _modules(root)
-    pooled: set[fx.Node] = set()
-    gates: list[fx.Node] = []
+def _conv_calls(graph: fx.Graph, modules: Modules) -> dict[nn.Conv2d, list[fx.Node]]:
+    calls: dict[nn.Conv2d, list[fx.Node]] = {}
     for node in graph.nodes:
-        sources = [source for source in node.all_input_nodes if _is_data(source)]
-        if _pools_globally(node, modules) or (sources and all(source in pooled for source in sources)):
-            pooled.add(node)
-        elif _merges(node):
-            gates += [source for source in sources if source in pooled]
-    found: set[str] = set()
-    seen: set[fx.Node] = set()
-    while gates:
-        node = gates.pop()
-        if node in seen or node not in pooled:
-            continue
-        seen.add(node)
-        if isinstance(_called(node, modules), nn.Conv2d):
-            found.add(str(node.target))
-        gates += node.all_input_nodes
-    return found
+        module = called(node, modules)
+        if isinstance(module, nn.Conv2d):
+            calls.setdefault(module, []).append(node)
+    return calls
 
 
-_MERGES = {operator.mul, operator.imul, torch.mul, torch.multiply, "mul", "mul_", "multiply", "multiply_"}
-_MERGES |= {operator.add, operator.iadd, torch.add, "add", "add_"}
-_SPATIAL = ({-1, -2}, {2, 3})
-_POOLS = (nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d)
-_POOL_FUNCTIONS = {F.adaptive_avg_pool2d, F.adaptive_max_pool2d}
-_REDUCTIONS = {torch.mean, torch.amax, torch.sum, torch.logsumexp, "mean", "amax", "sum", "logsumexp"}
-_AVG_POOLS = {F.avg_pool2d, F.max_pool2d, torch.nn.functional.lp_pool2d}
+def _norm_after(node: fx.Node, modules: Modules) -> fx.Node | None:
+    for user in node.users:
+        module = called(user, modules)
+        name = type(module).__name__ if module is not None else getattr(user.target, "__name__", "")
+        if "norm" in name.lower() and user.args[:1] == (node,):
+            return user
+    return None
 
 
-def _merges(node: fx.Node) -> bool:
-    return node.op in ("call_function", "call_method") and node.target in _MERGES
+# --------------------------------------------------------------------------------------------------------- residual units
+def residual(graph: fx.Graph, root: nn.Module) -> Iterator[Spot]:
+    """At the end of each residual branch, before the addition: the paper's standard block, SE."""
+    return _one_per_conv(Spot(unit.conv, unit.channels, (unit.end,)) for unit in residual_units(graph, root))
 
 
-def _is_data(node: fx.Node) -> bool:
-    """Whether a node is computed from the input, as opposed to a parameter, or a size of something."""
-    is_size = (node.op == "call_method" and node.target == "size") or (node.target is getattr)
-    return node.op != "get_attr" and not is_size and not (node.op == "call_function" and _only_sizes(node))
+def pre(graph: fx.Graph, root: nn.Module) -> Iterator[Spot]:
+    """On what each residual branch reads, its shortcut reading the plain value: the paper's SE-PRE."""
+    modules, widths = modules_of(root), channels(graph, root)
+
+    def spots() -> Iterator[Spot]:
+        for unit in residual_units(graph, root):
+            readers = frozenset(user for user in unit.start.users if user in unit.branch)
+            width = widths.get(unit.start) or _width_read(unit.start, readers, modules)
+            # Changed in place, the plain value would reach the shortcut changed; scaled, unchanged.
+            if width is not None and not any(changes_in_place(reader, modules) for reader in readers):
+                yield Spot(unit.conv, width, (unit.start,), readers)
+
+    return _one_per_conv(spots())
 
 
-def _only_sizes(node: fx.Node) -> bool:
-    sources = node.all_input_nodes
-    return (
-        bool(sources)
-        and node.target in (operator.getitem, operator.mul, operator.floordiv, operator.add, operator.sub)
-        and all(not _is_data(source) for source in sources)
+def post(graph: fx.Graph, root: nn.Module) -> Iterator[Spot]:
+    """After each residual unit's addition and the activation that follows it: the paper's SE-POST."""
+    modules = modules_of(root)
+
+    def value(unit: Unit) -> fx.Node:
+        return activation_after(unit.add, modules) or unit.add
+
+    return _one_per_conv(Spot(unit.conv, unit.channels, (value(unit),)) for unit in residual_units(graph, root))
+
+
+def identity(graph: fx.Graph, root: nn.Module) -> Iterator[Spot]:
+    """On the shortcut of each residual unit: the paper's SE-Identity."""
+    modules = modules_of(root)
+    return _one_per_conv(
+        Spot(unit.conv, unit.channels, (unit.shortcut,), frozenset({unit.add}))
+        for unit in residual_units(graph, root)
+        # Added to in place, the value itself must hold the sum, if anyone reads it later.
+        if not (changes_in_place(unit.add, modules) and unit.add.args[0] is unit.shortcut)
     )
 
 
-def _pools_globally(node: fx.Node, modules: Modules) -> bool:
-    """Whether a node averages (or maximises, or sums) over all of H and W."""
-    module = _called(node, modules)
-    if module is not None:
-        return any(isinstance(part, _POOLS) and _to_one(part.output_size) for part in module.modules())
-    if node.op not in ("call_function", "call_method"):
-        return False
-    if node.target in _POOL_FUNCTIONS:
-        return _to_one(_argument(node, 1, "output_size"))
-    if node.target in _AVG_POOLS:  # over a window as large as the input, read off its shape
-        window = _argument(node, 1, "kernel_size")
-        return any(isinstance(part, fx.Node) for part in (window if isinstance(window, (list, tuple)) else [window]))
-    if node.op == "call_method" and node.target in ("view", "reshape"):  # to (..., 1, 1), after a weighted sum over space
-        return len(node.args) == 5 and node.args[-2:] == (1, 1)
-    if node.target in _REDUCTIONS:
-        dims = _argument(node, 1, "dim")
-        if isinstance(dims, (list, tuple)):
-            return set(dims) in _SPATIAL
-        source = node.args[0] if node.args else None
-        return (
-            dims in (-1, 2) and isinstance(source, fx.Node) and source.target in ("view", "reshape", "flatten", torch.flatten)
-        )
-    return False
+def _width_read(value: fx.Node, readers: Iterable[fx.Node], modules: Modules) -> int | None:
+    """The channels of a value by the convs that read it."""
+    for reader in readers:
+        module = called(reader, modules)
+        if isinstance(module, nn.Conv2d) and reader.args[:1] == (value,):
+            return module.in_channels
+    return None
 
 
-def _argument(node: fx.Node, position: int, name: str) -> Any:
-    return node.args[position] if len(node.args) > position else node.kwargs.get(name)
+def _one_per_conv(spots: Iterable[Spot]) -> Iterator[Spot]:
+    """Units that share their modules share their block."""
+    by_conv: dict[str, list[Spot]] = {}
+    for spot in spots:
+        by_conv.setdefault(spot.conv, []).append(spot)
+    for same in by_conv.values():
+        readers = [spot.readers for spot in same if spot.readers is not None]
+        if len({spot.channels for spot in same}) == 1:
+            nodes = tuple(dict.fromkeys(node for spot in same for node in spot.nodes))
+            yield Spot(same[0].conv, same[0].channels, nodes, frozenset().union(*readers) if readers else None)
 
 
-def _to_one(size: Any) -> bool:
-    return size in (1, (1, 1), [1, 1])
+#: Placement policies by name.
+PLACEMENTS: dict[str, Policy] = {
+    "conv": conv,
+    "norm": norm,
+    "residual": residual,
+    "pre": pre,
+    "post": post,
+    "identity": identity,
+}
+#: Why a Conv2d is not where a policy puts blocks.
+ELSEWHERE = {
+    "conv": "is never called by the code that was captured",
+    "norm": "is followed by no normalisation",
+    **dict.fromkeys(("residual", "pre", "post", "identity"), "is not the last Conv2d of a residual branch"),
+}

@@ -1,130 +1,59 @@
-"""Plans: which convs get a block and of what kind, as plain data that can be looked at, saved and read back."""
+"""Plans: which blocks go where, as plain data that can be looked at, cut to a budget, saved and read back."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from tabulate import tabulate
 from torch import nn
 
-from se_fx.blocks import ACTIVATIONS, GATES, INITS, SqueezeExcite2d, latent_width
+from se_fx.blocks import ACTIVATIONS, BLOCKS, GATES, INITS
 from se_fx.cost import NO_COST, Cost
 from se_fx.errors import SqueezeExciteError
+from se_fx.options import matches
 from se_fx.placement import PLACEMENTS
 
-__all__ = ["Options", "Plan", "Site", "Skip", "Where", "give_plan", "parameters_only", "percent", "plan_of", "site_table"]
+__all__ = ["Callables", "Plan", "Site", "Skip", "give_plan", "parameters_only", "percent", "plan_of", "site_table"]
 
-Where = Callable[[str, nn.Module], bool] | str | Sequence[str] | None
 _VERSION = 1
 _ATTRIBUTE = "_squeeze_excite_plan"  # of a rewritten model
 
-
-# --------------------------------------------------------------------------------------------------------------- options
-@dataclass(frozen=True)
-class Options:
-    """What `transform` and `plan` can be told; see `se_fx.transform`.
-
-    Raises:
-        SqueezeExciteError: a value is not among those expected.
-    """
-
-    min_channels: int | str = 128
-    latent_channels: float = 64
-    placement: str = "conv"
-    init: str = "default"
-    bias: bool = False
-    activation: str = "relu"
-    gate: str = "sigmoid"
-    where: Where = None
-
-    def __post_init__(self) -> None:
-        if self.min_channels != "auto" and not (_is_int(self.min_channels) and int(self.min_channels) >= 1):
-            raise SqueezeExciteError(
-                f"min_channels={self.min_channels!r}: expected the least number of output channels a Conv2d needs, "
-                'an integer >= 1, or "auto"'
-            )
-        latent_width(self.latent_channels, 1)
-        for name, choices in (("placement", PLACEMENTS), ("init", INITS), ("activation", ACTIVATIONS), ("gate", GATES)):
-            _one_of(name, getattr(self, name), choices)
-        if not isinstance(self.bias, bool):
-            raise SqueezeExciteError(f"bias={self.bias!r}: expected True or False")
-        patterns = [self.where] if isinstance(self.where, str) else self.where
-        is_patterns = (
-            isinstance(patterns, Sequence) and len(patterns) > 0 and all(isinstance(pattern, str) for pattern in patterns)
-        )
-        if not (self.where is None or callable(self.where) or is_patterns):
-            raise SqueezeExciteError(
-                f"where={self.where!r}: expected a predicate (name, module) -> bool, or glob patterns of qualified names "
-                "such as 'layer4.*' ('!layer4.0.*' excludes)"
-            )
+#: The caller's own policies, blocks, gates and activations, by field of `Site` and the name it has there.
+Callables = Mapping[tuple[str, str], Callable[..., Any]]
 
 
-def _one_of(name: str, value: Any, choices: Iterable[str]) -> None:
-    if not isinstance(value, str) or value not in choices:
-        raise SqueezeExciteError(f"{name}={value!r}: expected one of {', '.join(map(repr, choices))}")
-
-
-def _is_int(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-# ----------------------------------------------------------------------------------------------------------------- sites
 @dataclass(frozen=True)
 class Site:
-    """One block: after which conv, how wide, of what kind.
+    """One block: at which conv, how wide, of what kind.
 
     Attributes:
         name: qualified name of the Conv2d.
         channels: channels of the scaled value.
-        latent_channels: hidden width of the block.
+        latent_channels: hidden width of the block; None where `block` is somebody else's.
         placement: the policy that found the site.
         init: initialisation of the block.
         bias: whether the block's linear layers have biases.
         activation: the block's hidden activation.
         gate: the block's gate function.
+        block: the factory of the block; None for se_fx's own.
         spatial: (H, W) of the scaled value; None unless measured on example inputs, or never reached by them.
         cost: what the block adds for the example inputs; without them, its parameters alone.
     """
 
     name: str
     channels: int
-    latent_channels: int
+    latent_channels: int | None
     placement: str = "conv"
     init: str = "default"
     bias: bool = False
     activation: str = "relu"
     gate: str = "sigmoid"
+    block: str | None = None
     spatial: tuple[int, int] | None = None
     cost: Cost = NO_COST
-
-    def block(self, device: torch.device | None = None, dtype: torch.dtype | None = None) -> SqueezeExcite2d:
-        """A new block of this kind."""
-        return SqueezeExcite2d(
-            self.channels,
-            self.latent_channels,
-            bias=self.bias,
-            activation=self.activation,
-            gate=self.gate,
-            init=self.init,
-            device=device,
-            dtype=dtype,
-        )
-
-
-_SITE_TYPES: dict[str, Any] = {
-    "name": str,
-    "channels": int,
-    "latent_channels": int,
-    "placement": str,
-    "init": str,
-    "bias": bool,
-    "activation": str,
-    "gate": str,
-}
 
 
 @dataclass(frozen=True)
@@ -145,29 +74,150 @@ class Plan:
         skipped: the other Conv2d layers, each with the reason. Not saved.
         opaque: parts of the model that run their own code, with the reason. Not saved.
         alone: convs that such code calls, each captured alone. Not saved.
-        base: cost of the model itself on the example inputs. Not saved.
+        base: cost of the model itself; its parameters alone without example inputs. Not saved.
+        measured: whether costs were counted on example inputs.
+        callables: the caller's own functions that sites name. Not saved, nor pickled.
     """
 
     sites: tuple[Site, ...]
     skipped: tuple[Skip, ...] = ()
     opaque: tuple[tuple[str, str], ...] = ()
     alone: tuple[str, ...] = ()
-    base: Cost | None = field(default=None, compare=False)
+    base: Cost = field(default=NO_COST, compare=False)
+    measured: bool = field(default=False, compare=False)
+    callables: Callables = field(default_factory=dict, compare=False, repr=False)
 
     def __len__(self) -> int:
         return len(self.sites)
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "callables": {}}
+
+    @classmethod
+    def of(cls, rewritten: Any) -> Plan:
+        """The plan that a rewritten model carries.
+
+        Raises:
+            SqueezeExciteError: the model isn't a rewritten one.
+        """
+        found = plan_of(rewritten) if isinstance(rewritten, nn.Module) else None
+        if found is None:
+            kind = type(rewritten).__name__
+            raise SqueezeExciteError(f"expected a model that se_fx has rewritten, and got {kind}; call se_fx.transform first")
+        return found
+
     @property
     def added(self) -> Cost:
         """What all blocks add."""
-        return sum((site.cost for site in self.sites), Cost())
+        return sum((site.cost for site in self.sites), NO_COST)
 
     def __str__(self) -> str:
         summary = f"{len(self)} site{'s' * (len(self) != 1)}, {len(self.skipped)} Conv2d layers skipped"
-        return summary + (f"\n{site_table(self.sites, self.base)}" if self.sites else "")
+        return summary + (f"\n{site_table(self.sites, self.base if self.measured else None)}" if self.sites else "")
 
+    # ------------------------------------------------------------------------------------------------------ smaller plans
+    def within(self, *, flops: float | None = None, params: float | None = None, bytes: float | None = None) -> Plan:
+        """The most blocks that a budget allows: the cheapest first and, of equally cheap ones, the later first.
+
+        Since blocks don't influence each other's cost, no other set that fits has more blocks, and none with as many
+        costs less. Several budgets at once are all kept to; a block's cost is then the largest share that it takes of any of
+        them, and the set is one that no block can be added to, though not always the largest.
+
+        Args:
+            flops: FLOPs that all blocks together may add: a number, or a fraction in (0, 1) of the model's own.
+            params: likewise, parameters.
+            bytes: likewise, bytes moved.
+
+        Raises:
+            SqueezeExciteError: no budget is given, one is no such number, or the costs it needs aren't known.
+        """
+        given = {"flops": flops, "params": params, "bytes": bytes}
+        limits = {name: self._limit(name, value) for name, value in given.items() if value is not None}
+        if not limits:
+            raise SqueezeExciteError("within: expected a budget, flops=, params= or bytes=")
+
+        def share(position: int) -> float:
+            cost = self.sites[position].cost
+            return max(float(getattr(cost, name) / max(limit, 1e-9)) for name, limit in limits.items())
+
+        kept: set[str] = set()
+        spent = NO_COST
+        for position in sorted(range(len(self)), key=lambda position: (share(position), -position)):
+            site = self.sites[position]
+            if all(getattr(spent + site.cost, name) <= limit for name, limit in limits.items()):
+                kept.add(site.name)
+                spent += site.cost
+        budget = ", ".join(f"{name}={value}" for name, value in given.items() if value is not None)
+        return self._keep(kept, f"over the budget of {budget}")
+
+    def _limit(self, name: str, value: Any) -> float:
+        is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and value >= 0
+        if not is_number or (value > 1 and value != int(value)):
+            raise SqueezeExciteError(
+                f"{name}={value!r}: expected a number of {name}, an integer >= 0, or a fraction in (0, 1) of the model's own"
+            )
+        if name != "params" and not self.measured:
+            raise SqueezeExciteError(
+                f"{name}: this plan has no costs yet; make it with se_fx.plan(model, example_inputs=...), then cut it"
+            )
+        if not 0 < value < 1:
+            return float(value)
+        if not self.base.params:
+            raise SqueezeExciteError(f"{name}={value!r}: this plan doesn't know its model's cost; pass a number of {name}")
+        return float(value * getattr(self.base, name))
+
+    def only(self, *patterns: str) -> Plan:
+        """The sites whose names match any of these glob patterns."""
+        return self._keep(self._matching(patterns))
+
+    def without(self, *patterns: str) -> Plan:
+        """The sites whose names match none of these glob patterns.
+
+        >>> plan = Plan((Site("stem", 64, 4), Site("layer1.0.conv1", 64, 4), Site("layer2.0.conv1", 128, 8)))
+        >>> [site.name for site in plan.without("layer1.*", "stem").sites]
+        ['layer2.0.conv1']
+        """
+        return self._keep(self._names - self._matching(patterns))
+
+    @property
+    def _names(self) -> set[str]:
+        return {site.name for site in self.sites}
+
+    def _matching(self, patterns: Iterable[str]) -> set[str]:
+        for pattern in patterns:
+            if not isinstance(pattern, str) or not any(matches(name, [pattern]) for name in self._names):
+                first = f"; the first is {self.sites[0].name!r}" if self.sites else ""
+                raise SqueezeExciteError(f"{pattern!r} matches no site of this plan{first}")
+        return {name for name in self._names if matches(name, patterns)}
+
+    def _keep(self, names: set[str], reason: str = "taken out of the plan") -> Plan:
+        sites = tuple(site for site in self.sites if site.name in names)
+        dropped = tuple(Skip(site.name, site.channels, reason) for site in self.sites if site.name not in names)
+        return dataclasses.replace(self, sites=sites, skipped=(*self.skipped, *dropped))
+
+    def __or__(self, other: Plan) -> Plan:
+        """The sites of both plans; where both have one of the same name, that of the first. All else is the second's."""
+        if not isinstance(other, Plan):
+            return NotImplemented
+        names = self._names
+        clashes = {key for key in self.callables if other.callables.get(key, self.callables[key]) is not self.callables[key]}
+        callables = {key: value for key, value in {**self.callables, **other.callables}.items() if key not in clashes}
+        sites = (*self.sites, *(site for site in other.sites if site.name not in names))
+        skipped = tuple(skip for skip in other.skipped if skip.name not in names)
+        return dataclasses.replace(other, sites=sites, skipped=skipped, callables=callables)
+
+    def __sub__(self, other: Plan) -> Plan:
+        """The sites of this plan that the other has none of the same name for."""
+        if not isinstance(other, Plan):
+            return NotImplemented
+        return self._keep(self._names - other._names)
+
+    # ------------------------------------------------------------------------------------------------------------ as JSON
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON types. What depends on example inputs (spatial size, costs) and what was skipped is left out."""
+        """Plain JSON types. What depends on example inputs (spatial size, costs) and what was skipped is left out.
+
+        Own policies, blocks, gates and activations are saved by name; see `from_dict`.
+        """
         sites = [{name: getattr(site, name) for name in _SITE_TYPES} for site in self.sites]
         return {"version": _VERSION, "sites": sites}
 
@@ -175,8 +225,11 @@ class Plan:
     def from_dict(cls, data: Mapping[str, Any]) -> Plan:
         """The plan that `to_dict` saved.
 
+        Names are looked up in `se_fx.placement.PLACEMENTS` and, in `se_fx.blocks`, `BLOCKS`, `GATES` and `ACTIVATIONS`;
+        add your own there to read plans that name them. Nothing in a plan is ever imported or run.
+
         Raises:
-            SqueezeExciteError: `data` is no such thing, or from a later version.
+            SqueezeExciteError: `data` is no such thing, from a later version, or has unknown names.
         """
         version = data.get("version") if isinstance(data, Mapping) else None
         if version != _VERSION:
@@ -195,35 +248,68 @@ class Plan:
         return cls(read)
 
 
+_Nothing = type(None)
+_SITE_TYPES: dict[str, tuple[type, ...]] = {
+    "name": (str,),
+    "channels": (int,),
+    "latent_channels": (int, _Nothing),
+    "placement": (str,),
+    "init": (str,),
+    "bias": (bool,),
+    "activation": (str,),
+    "gate": (str,),
+    "block": (str, _Nothing),
+}
+_TABLES: dict[str, tuple[str, Iterable[str]]] = {
+    "placement": ("placement.PLACEMENTS", PLACEMENTS),
+    "init": ("blocks.INITS", INITS),
+    "activation": ("blocks.ACTIVATIONS", ACTIVATIONS),
+    "gate": ("blocks.GATES", GATES),
+    "block": ("blocks.BLOCKS", BLOCKS),
+}
+
+
 def _site_from_dict(where: str, data: Mapping[str, Any]) -> Site:
     if set(data) != set(_SITE_TYPES):
         raise SqueezeExciteError(
             f"{where}: expected exactly the keys {', '.join(_SITE_TYPES)}; got {', '.join(map(str, data))}"
         )
-    for name, kind in _SITE_TYPES.items():
-        if type(data[name]) is not kind or (kind is int and not 1 <= data[name] <= 2**20):
-            bounds = " from 1 to 2**20" if kind is int else ""
-            raise SqueezeExciteError(f"{where}[{name!r}]={data[name]!r}: expected {kind.__name__}{bounds}")
-    for name, choices in (("placement", PLACEMENTS), ("init", INITS), ("activation", ACTIVATIONS), ("gate", GATES)):
-        _one_of(f"{where}[{name!r}]", data[name], choices)
+    for name, kinds in _SITE_TYPES.items():
+        value = data[name]
+        if type(value) not in kinds or (type(value) is int and not 1 <= value <= 2**20):
+            bounds = " from 1 to 2**20" if int in kinds else ""
+            raise SqueezeExciteError(f"{where}[{name!r}]={value!r}: expected {kinds[0].__name__}{bounds}")
+        table, known = _TABLES.get(name, ("", ()))
+        if table and value is not None and value not in known:
+            expected = f"one of {', '.join(map(repr, known))}; " if known else ""
+            raise SqueezeExciteError(
+                f"{where}[{name!r}]={value!r}: expected {expected}own ones must be added to se_fx.{table} first"
+            )
+    if (data["latent_channels"] is None) != (data["block"] is not None):
+        raise SqueezeExciteError(f"{where}: expected either latent_channels, or a block of others")
     site = Site(**data)
     return dataclasses.replace(site, cost=parameters_only(site))
 
 
+# ----------------------------------------------------------------------------------------------------------------- tables
 def site_table(sites: Iterable[Site], base: Cost | None) -> str:
     """One row for each site; with the model's own cost given, MACs too and their share of the model's."""
-    rows: list[list[Any]] = []
-    for site in sites:
-        row: list[Any] = [site.name, site.channels, site.latent_channels]
-        if base:
-            row.append("x".join(map(str, site.spatial)) if site.spatial else "-")
-        row.append(site.cost.params)
-        if base:
-            row += [site.cost.macs, percent(site.cost.macs, base.macs)]
-        rows.append(row)
-    spatial, macs = (["spatial"], ["MACs", "of model"]) if base else ([], [])
-    headers = ["after", "channels", "hidden", *spatial, "parameters", *macs]
-    return tabulate(rows, headers, intfmt=",", colalign=["left", *["right"] * (len(headers) - 1)])
+    sites = tuple(sites)
+    columns: dict[str, list[Any]] = {"conv": [site.name for site in sites]}
+    for name, usual in (("placement", "conv"), ("block", None)):
+        if any(getattr(site, name) != usual for site in sites):
+            columns[name] = [getattr(site, name) or "SqueezeExcite2d" for site in sites]
+    words = len(columns)
+    columns["channels"] = [site.channels for site in sites]
+    columns["hidden"] = [site.latent_channels or "-" for site in sites]
+    if base is not None:
+        columns["spatial"] = ["x".join(map(str, site.spatial)) if site.spatial else "-" for site in sites]
+    columns["parameters"] = [site.cost.params for site in sites]
+    if base is not None:
+        columns["MACs"] = [site.cost.macs for site in sites]
+        columns["of model"] = [percent(site.cost.macs, base.macs) for site in sites]
+    align = [*["left"] * words, *["right"] * (len(columns) - words)]
+    return tabulate(columns, headers="keys", intfmt=",", colalign=align)
 
 
 def percent(part: int, whole: int) -> str:
@@ -232,11 +318,14 @@ def percent(part: int, whole: int) -> str:
 
 
 def parameters_only(site: Site) -> Cost:
-    """What a site's block costs before anything is measured."""
+    """What a block of se_fx's own costs before anything is measured."""
+    if site.latent_channels is None:
+        return NO_COST
     biases = site.latent_channels + site.channels if site.bias else 0
     return Cost(params=2 * site.channels * site.latent_channels + biases)
 
 
+# -------------------------------------------------------------------------------------------------------- carried by models
 def plan_of(model: nn.Module) -> Plan | None:
     """The plan that a rewritten model carries; None for other models."""
     plan = model.__dict__.get(_ATTRIBUTE)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -17,7 +17,9 @@ from se_fx.cost import Cost, Measurement, measure
 from se_fx.errors import SqueezeExciteError
 from se_fx.insertion import CONTAINER, attach, blocks_of, insert, withdraw
 from se_fx.optimizers import Joining, as_optimizers
-from se_fx.plan import Options, Plan, Where, give_plan, plan_of
+from se_fx.options import BlockFactory, Function, Options, Overrides, Where
+from se_fx.placement import Policy
+from se_fx.plan import Plan, give_plan, plan_of
 from se_fx.regions import clone, graphs_of, own_class
 from se_fx.report import Report
 
@@ -31,12 +33,14 @@ def transform(
     example_inputs: Any = None,
     min_channels: int | str = 128,
     latent_channels: float = 64,
-    placement: str = "conv",
+    placement: str | Policy = "conv",
     init: str = "default",
     bias: bool = False,
-    activation: str = "relu",
-    gate: str = "sigmoid",
+    activation: str | Function = "relu",
+    gate: str | Function = "sigmoid",
+    block: str | BlockFactory | None = None,
     where: Where = None,
+    overrides: Overrides = None,
     **unknown: Any,
 ) -> nn.Module:
     """A copy of `model` with Squeeze-and-Excitation blocks after its Conv2d layers.
@@ -54,13 +58,20 @@ def transform(
         min_channels: a Conv2d gets a block where it has at least as many *output* channels; "auto" means 512, or
             the largest count there is, if that is less.
         latent_channels: hidden width of the blocks (int >= 1), or a fraction in (0, 1) of the channels.
-        placement: where a block goes; "conv" is directly after the conv.
+        placement: where a block goes: directly after the conv ("conv"); after the norm that follows it ("norm"); at the
+            end of each residual branch ("residual": the paper's SE); before the branch ("pre"), on the shortcut
+            ("identity"), after the sum and its activation ("post"): the paper's variants; or a policy of your own, as
+            in `se_fx.placement`.
         init: "default", or "identity": gates are exactly 1.0 until training moves them, so outputs stay bitwise equal.
         bias: whether the blocks' linear layers have biases.
-        activation: the blocks' hidden activation, "relu", "silu" or "gelu".
-        gate: the blocks' gate function, "sigmoid" or "hardsigmoid".
+        activation: the blocks' hidden activation, "relu", "silu" or "gelu", or a function of a tensor (a module too).
+        gate: the blocks' gate function, "sigmoid" or "hardsigmoid", or a function of a tensor (a module too).
+        block: a factory ``channels -> nn.Module`` of other attention blocks, (N, C, H, W) to the same shape, instead of
+            se_fx's own.
         where: which convs: a predicate ``(name, module) -> bool``, or glob patterns of qualified names, those that
             begin with "!" excluding.
+        overrides: other `latent_channels`, `init`, `bias`, `activation`, `gate` or `block` for some sites, by glob pattern of
+            their names, such as ``{"layer4.*": {"latent_channels": 128}}``; later ones win.
         **unknown: none; a misspelt option is named in the error.
 
     Raises:
@@ -81,13 +92,15 @@ def transform(
         bias=bias,
         activation=activation,
         gate=gate,
+        block=block,
         where=where,
+        overrides=overrides,
     )
     _check_alone(plan, options)
     captured = capture(model)
     chosen = choose(captured, options) if plan is None else fit(plan, captured)
     rewritten = insert(captured, locate(captured, chosen))
-    give_plan(rewritten, _joined(plan_of(model), chosen))
+    give_plan(rewritten, (plan_of(model) or Plan(())) | chosen)
     if example_inputs is not None:
         give_plan(rewritten, _costed(rewritten, example_inputs)[0])
     return rewritten
@@ -99,12 +112,14 @@ def plan(
     example_inputs: Any = None,
     min_channels: int | str = 128,
     latent_channels: float = 64,
-    placement: str = "conv",
+    placement: str | Policy = "conv",
     init: str = "default",
     bias: bool = False,
-    activation: str = "relu",
-    gate: str = "sigmoid",
+    activation: str | Function = "relu",
+    gate: str | Function = "sigmoid",
+    block: str | BlockFactory | None = None,
     where: Where = None,
+    overrides: Overrides = None,
     **unknown: Any,
 ) -> Plan:
     """What `transform` would do, with nothing changed. Takes the same options.
@@ -113,9 +128,9 @@ def plan(
 
     >>> print(plan(nn.Sequential(nn.Conv2d(3, 256, 3), nn.ReLU()), example_inputs=torch.zeros(1, 3, 8, 8)))
     1 site, 0 Conv2d layers skipped
-    after      channels    hidden    spatial    parameters    MACs    of model
-    -------  ----------  --------  ---------  ------------  ------  ----------
-    0               256        64        6x6        32,768  32,768    13.169 %
+    conv      channels    hidden    spatial    parameters    MACs    of model
+    ------  ----------  --------  ---------  ------------  ------  ----------
+    0              256        64        6x6        32,768  32,768    13.169 %
     """
     options = _options(
         unknown,
@@ -126,7 +141,9 @@ def plan(
         bias=bias,
         activation=activation,
         gate=gate,
+        block=block,
         where=where,
+        overrides=overrides,
     )
     captured = capture(model)
     chosen = choose(captured, options)
@@ -148,17 +165,16 @@ def report(rewritten: nn.Module, example_inputs: Any = None) -> Report:
     Raises:
         SqueezeExciteError: the model isn't a rewritten one, or can't be called with `example_inputs`.
     """
-    known = _plan_of(rewritten, "report")
-    everything = Measurement(total=Cost(params=sum(parameter.numel() for parameter in rewritten.parameters())))
+    known, everything = Plan.of(rewritten), Measurement()
     if example_inputs is not None:
         known, everything = _costed(rewritten, example_inputs)
     return Report(
         model=own_class(rewritten).__name__,
         sites=known.sites,
         skipped=known.skipped,
-        base=everything.total - known.added,
+        base=known.base,
         added=known.added,
-        measured=example_inputs is not None,
+        measured=known.measured,
         opaque=known.opaque,
         alone=known.alone,
         regions=tuple(name for name, module in rewritten.named_modules() if graphs_of(module) is not None),
@@ -179,7 +195,7 @@ def remove(rewritten: nn.Module) -> nn.Module:
       (1): ReLU()
     )
     """
-    _plan_of(rewritten, "remove")
+    Plan.of(rewritten)
     model = clone(rewritten)
     for module in list(model.modules()):
         withdraw(module)
@@ -214,15 +230,15 @@ def apply_squeeze_excite(
     chosen_optimizers = as_optimizers(optimizers)
     captured = capture(model)
     chosen = choose(captured, options)
-    convs = {site.name: model.get_submodule(site.name) for site in chosen.sites}
-    blocks = {site.name: new_block(site, convs[site.name]) for site in chosen.sites}
+    convs = {site.name: cast("nn.Conv2d", model.get_submodule(site.name)) for site in chosen.sites}
+    blocks = {site.name: new_block(site, {}, convs[site.name]) for site in chosen.sites}
     join = Joining(
         chosen_optimizers, [(f"{name}.{CONTAINER}".lstrip("."), convs[name], block) for name, block in blocks.items()]
     )
     for name, block in blocks.items():
         attach(convs[name], block)
     join.apply()
-    give_plan(model, _joined(plan_of(model), chosen))
+    give_plan(model, (plan_of(model) or Plan(())) | chosen)
 
 
 # --------------------------------------------------------------------------------------------------------------- helpers
@@ -246,29 +262,9 @@ def _check_alone(plan: Any, options: Options) -> None:
         raise SqueezeExciteError(f"{changed[0]}: a plan fixes all options already; pass either plan= or options")
 
 
-def _joined(earlier: Plan | None, chosen: Plan) -> Plan:
-    if earlier is None:
-        return chosen
-    known = {site.name for site in earlier.sites}
-    return dataclasses.replace(
-        chosen,
-        sites=(*earlier.sites, *chosen.sites),
-        skipped=tuple(skip for skip in chosen.skipped if skip.name not in known),
-    )
-
-
-def _plan_of(model: Any, function: str) -> Plan:
-    found = plan_of(model) if isinstance(model, nn.Module) else None
-    if found is None:
-        raise SqueezeExciteError(
-            f"{function}: expected a model that se_fx has rewritten, and got {type(model).__name__}; call se_fx.transform first"
-        )
-    return found
-
-
 def _costed(rewritten: nn.Module, example_inputs: Any) -> tuple[Plan, Measurement]:
     """The plan that `rewritten` carries with sizes and costs, and the measurement they come from."""
-    known = _plan_of(rewritten, "report")
+    known = Plan.of(rewritten)
     measurement = measure(rewritten, example_inputs, blocks_of(rewritten))
     sites = []
     for site in known.sites:
@@ -276,4 +272,4 @@ def _costed(rewritten: nn.Module, example_inputs: Any) -> tuple[Plan, Measuremen
         spatial = (shape[-2], shape[-1]) if shape else None
         sites.append(dataclasses.replace(site, spatial=spatial, cost=measurement.parts.get(site.name, site.cost)))
     base = measurement.total - sum((site.cost for site in sites), Cost())
-    return dataclasses.replace(known, sites=tuple(sites), base=base), measurement
+    return dataclasses.replace(known, sites=tuple(sites), base=base, measured=True), measurement

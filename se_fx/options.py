@@ -1,0 +1,123 @@
+"""Options: what `transform` and `plan` can be told, checked before anything else happens."""
+
+from __future__ import annotations
+
+import dataclasses
+import fnmatch
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from se_fx.blocks import BLOCKS, SqueezeExcite2d
+from se_fx.errors import SqueezeExciteError
+from se_fx.placement import PLACEMENTS, Policy
+
+__all__ = ["BlockFactory", "Function", "Options", "Overrides", "Where", "matches"]
+
+BlockFactory = Callable[[int], nn.Module]
+Function = Callable[[Tensor], Tensor]  # of a block's hidden layer, or its gate
+Overrides = Mapping[str, Mapping[str, Any]] | None
+Where = Callable[[str, nn.Module], bool] | str | Sequence[str] | None
+
+
+@dataclass(frozen=True)
+class Options:
+    """What `transform` and `plan` can be told; see `se_fx.transform`.
+
+    Raises:
+        SqueezeExciteError: a value is not among those expected.
+    """
+
+    min_channels: int | str = 128
+    latent_channels: float = 64
+    placement: str | Policy = "conv"
+    init: str = "default"
+    bias: bool = False
+    activation: str | Function = "relu"
+    gate: str | Function = "sigmoid"
+    block: str | BlockFactory | None = None
+    where: Where = None
+    overrides: Overrides = None
+
+    def __post_init__(self) -> None:
+        if self.min_channels != "auto" and not (_is_int(self.min_channels) and int(self.min_channels) >= 1):
+            raise SqueezeExciteError(
+                f"min_channels={self.min_channels!r}: expected the least number of output channels a Conv2d needs, "
+                'an integer >= 1, or "auto"'
+            )
+        _check_choice("placement", self.placement, PLACEMENTS, "a policy (graph, root) -> spots")
+        if self.block is not None:
+            _check_choice("block", self.block, BLOCKS, "a factory channels -> nn.Module")
+        if not isinstance(self.bias, bool):
+            raise SqueezeExciteError(f"bias={self.bias!r}: expected True or False")
+        _check_where(self.where)
+        SqueezeExcite2d(1, **self._of_squeeze_excite(), device="meta")  # checks the rest
+        changed = [name for name in _OF_SQUEEZE_EXCITE if getattr(self, name) != _DEFAULTS[name]]
+        if self.block is not None and changed:
+            raise SqueezeExciteError(f"{changed[0]}: is for se_fx's own block, and block={self.block!r} makes another one")
+        self._check_overrides()
+
+    def of(self, name: str) -> Options:
+        """The options for the site of this name, overrides applied: where several match, later ones win."""
+        options = self
+        for pattern, changes in (self.overrides or {}).items():
+            if fnmatch.fnmatchcase(name, pattern):
+                options = options._changed(changes)
+        return options
+
+    def _changed(self, changes: Mapping[str, Any]) -> Options:
+        to_another = {name: _DEFAULTS[name] for name in _OF_SQUEEZE_EXCITE} if changes.get("block") is not None else {}
+        return dataclasses.replace(self, **{**to_another, **changes, "overrides": None})
+
+    def _of_squeeze_excite(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in _OF_SQUEEZE_EXCITE}
+
+    def _check_overrides(self) -> None:
+        if self.overrides is None:
+            return
+        if not isinstance(self.overrides, Mapping):
+            raise SqueezeExciteError(
+                f"overrides={self.overrides!r}: expected a dict from glob patterns of qualified names to dicts of options, "
+                "such as {'layer4.*': {'latent_channels': 128}}"
+            )
+        for pattern, changes in self.overrides.items():
+            allowed = (*_OF_SQUEEZE_EXCITE, "block")
+            if not isinstance(pattern, str) or not isinstance(changes, Mapping) or set(changes) - set(allowed):
+                raise SqueezeExciteError(
+                    f"overrides[{pattern!r}]={changes!r}: expected, for a glob pattern, a dict of {', '.join(allowed)}"
+                )
+            try:
+                self._changed(changes)
+            except SqueezeExciteError as error:
+                raise SqueezeExciteError(f"overrides[{pattern!r}]: {error}") from error
+
+
+_OF_SQUEEZE_EXCITE = ("latent_channels", "init", "bias", "activation", "gate")
+_DEFAULTS = {field.name: field.default for field in dataclasses.fields(Options)}
+
+
+def _check_choice(name: str, value: Any, table: Mapping[str, Any], otherwise: str) -> None:
+    if not (callable(value) or (isinstance(value, str) and value in table)):
+        names = "".join(f"{choice!r}, " for choice in table)
+        raise SqueezeExciteError(f"{name}={value!r}: expected {f'one of {names}or ' if names else ''}{otherwise}")
+
+
+def _check_where(where: Any) -> None:
+    patterns = [where] if isinstance(where, str) else where
+    is_patterns = isinstance(patterns, Sequence) and len(patterns) > 0 and all(isinstance(each, str) for each in patterns)
+    if not (where is None or callable(where) or is_patterns):
+        raise SqueezeExciteError(
+            f"where={where!r}: expected a predicate (name, module) -> bool, or glob patterns of qualified names "
+            "such as 'layer4.*' ('!layer4.0.*' excludes)"
+        )
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def matches(name: str, patterns: Iterable[str]) -> bool:
+    """Whether a qualified name matches any of some glob patterns."""
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)

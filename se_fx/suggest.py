@@ -1,0 +1,83 @@
+"""Suggestions: recommended options for a model, with the reasons."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from se_fx.plan import Plan, percent
+from se_fx.transform import plan
+
+__all__ = ["Suggestion", "suggest"]
+
+_LARGE = 512  # output channels from which blocks pay in ImageNet-scale models
+_HIDDEN = 64  # the least hidden width
+
+
+@dataclass(frozen=True)
+class Suggestion:
+    """Recommended options: ``transform(model, **suggestion.options)``.
+
+    Attributes:
+        options: for `transform` and `plan`.
+        reasons: why, a sentence or two each.
+        plan: what these options choose.
+    """
+
+    options: dict[str, Any]
+    reasons: tuple[str, ...]
+    plan: Plan
+
+    def __str__(self) -> str:
+        options = ", ".join(f"{name}={value!r}" for name, value in self.options.items())
+        return "\n".join([f"se_fx.transform(model, {options})", *(f"- {reason}" for reason in self.reasons)])
+
+
+def suggest(model: nn.Module, example_inputs: Any = None) -> Suggestion:
+    """The options that MosaicML Composer's method card recommends, for this model.
+
+    The card: hidden layers of at least 64 in every block; blocks from 512 output channels in ImageNet-scale models, and in
+    smaller ones where the output channels are most.
+
+    Args:
+        model: as for `transform`. Left as it is.
+        example_inputs: as for `plan`; with them, the reasons say what the blocks cost.
+
+    Raises:
+        SqueezeExciteError: as `plan` does.
+
+    >>> print(suggest(nn.Sequential(nn.Conv2d(3, 64, 3), nn.Conv2d(64, 256, 3))))  # doctest: +ELLIPSIS
+    se_fx.transform(model, min_channels=256, latent_channels=64)
+    - min_channels=256: 1 of 2 Conv2d layers. None has 512 output channels, ...
+    """
+    chosen = plan(model, example_inputs=example_inputs, min_channels="auto", latent_channels=_HIDDEN)
+    convs = [*chosen.sites, *chosen.skipped]
+    least = min(_LARGE, max(conv.channels for conv in convs))
+    why = (
+        "that many is the recommendation for ImageNet-scale models: such layers see small feature maps, where a block is cheapest"
+        if least == _LARGE
+        else f"None has {_LARGE} output channels, so this is the largest count there is, as recommended for smaller models"
+    )
+    reasons = [
+        f"min_channels={least}: {len(chosen)} of {len(convs)} Conv2d layers. {why[0].upper()}{why[1:]}.",
+        f"latent_channels={_HIDDEN}: hidden layers of at least {_HIDDEN}, in every block. A fraction r does the same from "
+        f"min_channels=int({_HIDDEN} / r) on.",
+    ]
+    gates = sum("attention" in skip.reason for skip in chosen.skipped)
+    if gates:
+        reasons.append(
+            f"{gates} Conv2d layers compute attention gates: the model has attention already, so expect less of more."
+        )
+    if chosen.measured:
+        shares = (
+            f"{percent(getattr(chosen.added, name), getattr(chosen.base, name))} {name}"
+            for name in ("params", "flops", "bytes")
+        )
+        reasons.append(
+            f"It adds {', '.join(shares)} on these inputs. The card found about 20 % of inference latency: more than FLOPs tell, "
+            "since a block reads and writes whole feature maps."
+        )
+    reasons.append("For a pretrained model, add init='identity': outputs stay as they are until training moves the gates.")
+    return Suggestion({"min_channels": least, "latent_channels": _HIDDEN}, tuple(reasons), chosen)
