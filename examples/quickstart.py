@@ -58,8 +58,9 @@ def main() -> None:
     images = torch.cat([photo(name) for name in PHOTOS])
     labels = torch.tensor([label for label, _ in PHOTOS.values()])
 
-    # After the depthwise convs, where EfficientNet-B0 has its blocks.
-    model = se_fx.transform(original, min_channels=192, latent_channels=1 / 24, init="identity", where="*_depthwise_conv")
+    # After the depthwise convs and their norms, where EfficientNet-B0 has its blocks.
+    options = {"placement": "norm", "where": "*_depthwise_conv", "min_channels": 192, "latent_channels": 1 / 24}
+    model = se_fx.transform(original, init="identity", **options)
 
     with torch.no_grad():
         before, after = original(images), model(images)

@@ -162,6 +162,23 @@ def same_leaf(a: Any, b: Any) -> bool:
 
 def check(name: str, attempts: Callable[[str], Iterator[Attempt]], modes: tuple[bool, ...]) -> Row | None:
     """One model's row; None for a model without Conv2d."""
+    found = load(name, attempts, modes)
+    if found is None or isinstance(found, Row):
+        return found
+    model, args = found
+    start = time.perf_counter()
+    rewritten = se_fx.transform(model.eval(), min_channels=1, latent_channels=4, init="identity")
+    seconds = time.perf_counter() - start
+    report = se_fx.report(rewritten)
+    kind = "graph" if "" in report.regions else "own class"
+    result = compare(model, rewritten, args, modes) if report.sites else "no site"
+    return Row(name, kind, len(report.regions), len(report.sites), seconds, result)
+
+
+def load(
+    name: str, attempts: Callable[[str], Iterator[Attempt]], modes: tuple[bool, ...]
+) -> tuple[nn.Module, tuple[Any, ...]] | Row | None:
+    """A model and what to call it with; None for one without Conv2d, a row that says why for one that can't be run."""
     failure = ""
     for build, args in attempts(name):
         try:
@@ -176,13 +193,7 @@ def check(name: str, attempts: Callable[[str], Iterator[Attempt]], modes: tuple[
         except Exception as error:
             failure = f"the original fails: {type(error).__name__}: {error}"[:100]
             continue
-        start = time.perf_counter()
-        rewritten = se_fx.transform(model.eval(), min_channels=1, latent_channels=4, init="identity")
-        seconds = time.perf_counter() - start
-        report = se_fx.report(rewritten)
-        kind = "graph" if "" in report.regions else "own class"
-        result = compare(model, rewritten, args, modes) if report.sites else "no site"
-        return Row(name, kind, len(report.regions), len(report.sites), seconds, result)
+        return model, args
     return Row(name, result=failure)
 
 

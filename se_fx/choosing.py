@@ -90,13 +90,20 @@ class _Names:
 def _site(name: str, spot: Spot, placement: str, options: Options, names: _Names) -> Site:
     if options.block is not None:
         site = Site(name, spot.channels, None, placement, block=names.of("block", options.block))
-        with torch.random.fork_rng(devices=[]):
-            parameters = new_block(site, names.callables).parameters()
-        return dataclasses.replace(site, cost=Cost(params=sum(parameter.numel() for parameter in parameters)))
-    width = latent_width(options.latent_channels, spot.channels)
-    activation, gate = names.of("activation", options.activation), names.of("gate", options.gate)
-    site = Site(name, spot.channels, width, placement, options.init, options.bias, activation, gate)
-    return dataclasses.replace(site, cost=parameters_only(site))
+    else:
+        width = latent_width(options.latent_channels, spot.channels)
+        activation, gate = names.of("activation", options.activation), names.of("gate", options.gate)
+        site = Site(name, spot.channels, width, placement, options.init, options.bias, activation, gate)
+    return _with_parameters(site, names.callables)
+
+
+def _with_parameters(site: Site, callables: Callables) -> Site:
+    """The site with the cost that is known before anything is measured."""
+    if site.block is None:
+        return dataclasses.replace(site, cost=parameters_only(site))
+    with torch.random.fork_rng(devices=[]):
+        parameters = new_block(site, callables).parameters()
+    return dataclasses.replace(site, cost=Cost(params=sum(parameter.numel() for parameter in parameters)))
 
 
 def fit(plan: Plan, capture: Capture) -> Plan:
@@ -105,7 +112,7 @@ def fit(plan: Plan, capture: Capture) -> Plan:
     taken = {site.name for site in there.sites} if there else set()
     names = {site.name for site in plan.sites}
     skipped = (Skip(name, conv.out_channels, "not in the plan") for name, conv in _convs(capture).items() if name not in names)
-    sites = tuple(site for site in plan.sites if site.name not in taken)
+    sites = tuple(_with_parameters(site, plan.callables) for site in plan.sites if site.name not in taken)
     return _with_model(dataclasses.replace(plan, sites=sites, skipped=tuple(skipped)), capture)
 
 

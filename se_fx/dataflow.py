@@ -10,7 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-__all__ = ["Modules", "attention_convs", "called", "live", "modules_of", "pooled"]
+from se_fx.regions import Inserted
+
+__all__ = ["Modules", "attention_convs", "called", "inserted", "live", "modules_of", "pooled"]
 
 Modules = Mapping[str, nn.Module]  # by qualified name
 
@@ -23,6 +25,12 @@ def modules_of(root: nn.Module) -> Modules:
 def called(node: fx.Node, modules: Modules) -> nn.Module | None:
     """The module that a `call_module` node calls; None for other nodes."""
     return modules[str(node.target)] if node.op == "call_module" else None
+
+
+def inserted(node: fx.Node, modules: Modules) -> bool:
+    """Whether a node calls a module that a pass has inserted."""
+    path = str(node.target).split(".") if node.op == "call_module" else []
+    return any(isinstance(modules[".".join(path[:length])], Inserted) for length in range(1, len(path)))
 
 
 def live(graph: fx.Graph) -> set[fx.Node]:

@@ -12,7 +12,7 @@ import torch
 from torch import fx, nn
 
 from se_fx.channels import channels
-from se_fx.dataflow import Modules, attention_convs, called, live, modules_of, pooled
+from se_fx.dataflow import Modules, attention_convs, called, inserted, live, modules_of, pooled
 
 __all__ = ["Unit", "activation_after", "changes_in_place", "residual_units"]
 
@@ -73,7 +73,7 @@ def residual_units(graph: fx.Graph, root: nn.Module) -> Iterator[Unit]:
             and len(convs[longer]) > len(convs[1 - longer])
             and not _leaks(branch, add, data)
             and any(_is_nonlinear(node, modules) for node in branch)
-            and not any(_is_nonlinear(node, modules) for node in shortcut)
+            and not any(_is_nonlinear(node, modules) and not inserted(node, modules) for node in shortcut)
             and all(_leads(start, operand, at_one_resolution) for operand in operands)
         )
         end = _before_scaling(operands[longer], branch, data, modules)
@@ -162,7 +162,7 @@ def _is_scaled_by_attention(node: fx.Node, small: set[fx.Node], data: set[fx.Nod
 
 _PRODUCTS: set[Any] = {operator.mul, operator.imul, operator.truediv, operator.itruediv, torch.mul, torch.div}
 _PRODUCTS |= {"mul", "mul_", "div", "div_"}
-_SCALINGS = ("drop", "stochastic", "scale")
+_SCALINGS = ("drop", "stochastic", "scale", "identity")
 _NONLINEAR = (
     *("relu", "silu", "swish", "gelu", "elu", "celu", "selu", "mish", "sigmoid", "tanh", "softplus", "softsign", "shrink"),
     *("threshold", "glu", "evonorm", "tlu", "softmax"),

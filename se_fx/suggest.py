@@ -53,15 +53,15 @@ def suggest(model: nn.Module, example_inputs: Any = None) -> Suggestion:
     - min_channels=256: 1 of 2 Conv2d layers. None has 512 output channels, ...
     """
     chosen = plan(model, example_inputs=example_inputs, min_channels="auto", latent_channels=_HIDDEN)
-    convs = [*chosen.sites, *chosen.skipped]
-    least = min(_LARGE, max(conv.channels for conv in convs))
+    counts = [site.channels for site in chosen.sites] + [skip.channels for skip in chosen.skipped]
+    least = min(_LARGE, max(counts))
     why = (
-        "that many is the recommendation for ImageNet-scale models: such layers see small feature maps, where a block is cheapest"
+        "This is the recommendation for ImageNet-scale models: such layers see small feature maps, where blocks are cheapest"
         if least == _LARGE
         else f"None has {_LARGE} output channels, so this is the largest count there is, as recommended for smaller models"
     )
     reasons = [
-        f"min_channels={least}: {len(chosen)} of {len(convs)} Conv2d layers. {why[0].upper()}{why[1:]}.",
+        f"min_channels={least}: {len(chosen)} of {len(counts)} Conv2d layers. {why}.",
         f"latent_channels={_HIDDEN}: hidden layers of at least {_HIDDEN}, in every block. A fraction r does the same from "
         f"min_channels=int({_HIDDEN} / r) on.",
     ]
@@ -76,8 +76,8 @@ def suggest(model: nn.Module, example_inputs: Any = None) -> Suggestion:
             for name in ("params", "flops", "bytes")
         )
         reasons.append(
-            f"It adds {', '.join(shares)} on these inputs. The card found about 20 % of inference latency: more than FLOPs tell, "
-            "since a block reads and writes whole feature maps."
+            f"It adds {', '.join(shares)} on these inputs. The card found about 20 % of inference latency: more than FLOPs "
+            "tell, since a block reads and writes whole feature maps."
         )
     reasons.append("For a pretrained model, add init='identity': outputs stay as they are until training moves the gates.")
     return Suggestion({"min_channels": least, "latent_channels": _HIDDEN}, tuple(reasons), chosen)

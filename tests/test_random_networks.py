@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import se_fx
+from se_fx.placement import PLACEMENTS
 
 CHANNELS = 4
 STEPS = {
@@ -21,6 +22,11 @@ STEPS = {
     "shared conv": lambda net, x: net.convs[0](net.convs[0](x)),
     "conv, norm, relu": lambda net, x: F.relu_(net.norm(net.convs[1](x))),
     "residual": lambda net, x: x + net.convs[2](torch.relu(net.convs[1](x))),
+    "residual, in place": lambda net, x: F.relu_(net.convs[2](F.relu_(net.norm(net.convs[1](x)))).add_(x)),
+    "pre-activation": lambda net, x: net.convs[2](F.relu(net.convs[1](F.relu(x)))).mul(0.5) + x,
+    "pre-activation, in place": lambda net, x: net.convs[2](F.relu(net.convs[1](x.relu_()))) + x,
+    "added to in place": lambda net, x: x.add_(net.convs[1](net.convs[2](x).relu())),
+    "projected": lambda net, x: F.relu(net.convs[0](x) + net.convs[2](F.relu(net.convs[1](x)))),
     "branches": lambda net, x: net.merge(torch.cat([net.convs[1](x), x], 1)),
     "gate": lambda net, x: x * torch.sigmoid(net.convs[2](x.mean((2, 3), keepdim=True))),
     "in place": lambda net, x: net.convs[1](x).mul_(2).add_(x),
@@ -81,10 +87,11 @@ def same(a: list, b: list) -> bool:
     return len(a) == len(b) and all(torch.equal(p, q) if isinstance(p, Tensor) else p is q for p, q in zip(a, b, strict=True))
 
 
-@settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True)
+@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True)
 @given(
     steps=st.lists(st.sampled_from(sorted(STEPS)), max_size=6),
     output=st.sampled_from(["tensor", "dict", "tuple"]),
+    placement=st.sampled_from(sorted(PLACEMENTS)),
     min_channels=st.integers(1, 5),
     latent_channels=st.sampled_from([1, 3, 0.5]),
     bias=st.booleans(),
@@ -93,13 +100,20 @@ def same(a: list, b: list) -> bool:
     batch=st.sampled_from([0, 1, 3]),
     channels_last=st.booleans(),
 )
-def test_promises_hold(steps, output, min_channels, latent_channels, bias, gate, dtype, batch, channels_last) -> None:
+def test_promises_hold(
+    steps, output, placement, min_channels, latent_channels, bias, gate, dtype, batch, channels_last
+) -> None:
     torch.manual_seed(0)
     layout = torch.channels_last if channels_last else torch.contiguous_format
     model = Network(steps, output).to(dtype=dtype, memory_format=layout)
     options = {"min_channels": min_channels, "latent_channels": latent_channels, "bias": bias, "gate": gate}
     state = {key: value.clone() for key, value in model.state_dict().items()}
-    result = se_fx.transform(model, init="identity", **options)
+    try:
+        result = se_fx.transform(model, init="identity", **options, placement=placement)
+    except se_fx.SqueezeExciteError as error:
+        assert "no such place" in str(error) and placement != "conv"  # noqa: PT017, PT018
+        return
+    options["placement"] = placement
 
     new_state = result.state_dict(keep_vars=True)
     assert all(new_state[key] is value for key, value in model.state_dict(keep_vars=True).items())

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torchvision
 import zoo
+
+import se_fx
 
 DETECTION = ("rcnn", "retinanet", "fcos", "ssd")
 #: In train mode, one model of every family; detection models need targets then, see test_detection.py.
@@ -29,6 +32,28 @@ def test_torchvision(name: str) -> None:
         assert row.result == "equal"
         assert row.sites > 0
         assert row.kind == ("own class" if any(word in name for word in DETECTION) or name.startswith("raft") else "graph")
+
+
+#: Without a residual unit of convolutions, in whatever is a graph.
+UNITLESS = ("alexnet", "densenet", "googlenet", "inception", "shufflenet", "squeezenet", "swin", "vgg", "vit")
+
+
+@pytest.mark.zoo
+@pytest.mark.parametrize("name", torchvision.models.list_models(torchvision.models))
+@torch.no_grad()
+def test_every_placement_in_both_modes(name: str) -> None:
+    model, args = zoo.load(name, zoo.torchvision_attempts, (False, True))
+    for placement in ("conv", "norm", "residual", "pre", "post", "identity"):
+        options = {"placement": placement, "min_channels": 1, "latent_channels": 4, "init": "identity"}
+        try:
+            rewritten = se_fx.transform(model.eval(), **options)
+        except se_fx.SqueezeExciteError:  # no such place
+            assert name.startswith(UNITLESS)
+            assert placement != "conv"
+            continue
+        assert len(se_fx.Plan.of(rewritten)) > 0
+        assert zoo.compare(model, rewritten, args, (False, True)) == "equal"
+        assert type(se_fx.remove(rewritten)) is type(model)
 
 
 FAMILIES = """
