@@ -5,11 +5,13 @@ from se_fx.cost import Cost
 from se_fx.errors import SqueezeExciteError
 from se_fx.plan import Plan, Site
 from se_fx.report import Report
+from se_fx.roofline import Machine, measure_machine
 from se_fx.suggest import Suggestion, suggest
 from se_fx.transform import apply_squeeze_excite, plan, remove, report, transform
 
 __all__ = [
     "Cost",
+    "Machine",
     "Plan",
     "Report",
     "Site",
@@ -17,6 +19,7 @@ __all__ = [
     "SqueezeExciteError",
     "Suggestion",
     "apply_squeeze_excite",
+    "measure_machine",
     "plan",
     "remove",
     "report",

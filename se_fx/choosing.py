@@ -111,7 +111,12 @@ def fit(plan: Plan, capture: Capture) -> Plan:
     there = plan_of(capture.model)
     taken = {site.name for site in there.sites} if there else set()
     names = {site.name for site in plan.sites}
-    skipped = (Skip(name, conv.out_channels, "not in the plan") for name, conv in _convs(capture).items() if name not in names)
+    reasons = {skip.name: skip.reason for skip in plan.skipped}
+    skipped = (
+        Skip(name, conv.out_channels, reasons.get(name, "not in the plan"))
+        for name, conv in _convs(capture).items()
+        if name not in names
+    )
     sites = tuple(_with_parameters(site, plan.callables) for site in plan.sites if site.name not in taken)
     return _with_model(dataclasses.replace(plan, sites=sites, skipped=tuple(skipped)), capture)
 

@@ -3,121 +3,141 @@
 from __future__ import annotations
 
 import argparse
-import difflib
-import importlib
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
 import se_fx
-from se_fx import SqueezeExciteError
+from se_fx import Plan, SqueezeExciteError
+from se_fx.loading import load_model
 
 __all__ = ["main"]
 
 _EXAMPLES = """\
 examples:
   se-fx report resnet50 --min-channels 512 --input 1,3,224,224
+  se-fx report resnet50 --placement residual --latent-channels 1/16 --min-channels 1 --input 1,3,224,224 --html report.html
   se-fx plan timm:efficientnet_lite0 --where 'blocks.*' --latent-channels 0.25
-  se-fx report my_package.models:build --input 1,3,32,32 --json
+  se-fx plan resnet50 --placement residual --min-channels 1 --input 1,3,224,224 --budget flops=0.1% --budget params=2%
+  se-fx suggest mobilenet_v2
+  se-fx bench resnet50 --placement residual --min-channels 1 --input 1,3,224,224 --batch-sizes 1 8 --compiled
+  se-fx transform my_package.models:build --checkpoint plain.pt --init identity --save se.pt
 
 MODEL is the name of a torchvision model, timm:NAME, or package.module:callable, the callable taking no arguments and
-returning an nn.Module (or being one). Models are built without weights. Nothing is trained, saved or downloaded.
+returning an nn.Module (or being one). Zoo models are built without pretrained weights; nothing is downloaded.
 
-exit status: 0 done, 2 bad input.
+exit status: 0 done; 1 done, and there is no block: none wanted, or none fits the budget; 2 bad input.
 """
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     arguments = _parser().parse_args(argv)
-    options = {name: getattr(arguments, name) for name in _OPTIONS if getattr(arguments, name) is not None}
     try:
-        model = load_model(arguments.model)
-        inputs = torch.empty(arguments.input, device="meta") if arguments.input else None
-        if arguments.command == "plan":
-            chosen = se_fx.plan(model, example_inputs=inputs, **options)
-            result, text = chosen.to_dict(), str(chosen)
-        else:
-            report = se_fx.report(se_fx.transform(model, **options), inputs)
-            result, text = report.to_dict(), str(report)
-    except SqueezeExciteError as error:
+        chosen, result, text = _COMMANDS[arguments.command][0](arguments)
+    except (SqueezeExciteError, OSError) as error:
         print(f"se-fx: error: {error}", file=sys.stderr)
         return 2
     print(json.dumps(result, indent=2) if arguments.json else text)
-    return 0
+    return 0 if len(chosen) else 1
 
 
-def load_model(spec: str) -> nn.Module:
-    """The model that `spec` names; zoo models on the meta device, which takes no memory.
-
-    Raises:
-        SqueezeExciteError: there is none, or the package that has it is not installed.
-    """
-    source, _, name = spec.rpartition(":")
-    if source == "timm":
-        timm = _import("timm", spec)
-        return _from_zoo(name, timm.list_models(), lambda: timm.create_model(name, pretrained=False))
-    if source:
-        return _from_module(source, name, spec)
-    models = _import("torchvision", spec).models
-    weights = {"weights": None}
-    if (
-        "weights_backbone" in getattr(models.get_model_builder(name), "__annotations__", {})
-        if name in models.list_models()
-        else False
-    ):
-        weights["weights_backbone"] = None
-    return _from_zoo(name, models.list_models(), lambda: models.get_model(name, **weights))
+# ------------------------------------------------------------------------------------------------------------- commands
+Outcome = tuple[Plan, Any, str]  # the plan, JSON, text
 
 
-def _import(package: str, spec: str) -> Any:
-    try:
-        return importlib.import_module(package)
-    except ImportError as error:
-        raise SqueezeExciteError(f"MODEL {spec!r}: {package} can't be imported ({error}); pip install {package}") from error
+def _plan(arguments: argparse.Namespace) -> Outcome:
+    chosen = _chosen(load_model(arguments.model), arguments)
+    return chosen, chosen.to_dict(), str(chosen)
 
 
-def _from_zoo(name: str, known: Sequence[str], build: Any) -> nn.Module:
-    if name not in known:
-        close = difflib.get_close_matches(name, known, n=3)
-        hint = (
-            f"did you mean {' or '.join(close)}?"
-            if close
-            else "expected a torchvision model, timm:NAME or package.module:callable"
-        )
-        raise SqueezeExciteError(f"MODEL {name!r}: there is no such model; {hint}")
-    try:
-        with torch.device("meta"):
-            model: nn.Module = build()
-    except (RuntimeError, NotImplementedError):  # some read values while they build themselves
-        model = build()
-    return model
+def _report(arguments: argparse.Namespace) -> Outcome:
+    model = load_model(arguments.model)
+    report = se_fx.report(se_fx.transform(model, _chosen(model, arguments)), _inputs(arguments))
+    result, text = report.to_dict(), str(report)
+    if arguments.roofline and not report.measured:
+        raise SqueezeExciteError("--roofline: costs are needed; give the shape of an input, such as --input 1,3,224,224")
+    if arguments.roofline:
+        estimate = report.estimate(se_fx.measure_machine())
+        result["roofline"] = {"base_seconds": estimate.base, "added_seconds": estimate.added}
+        text += f"\n\n{estimate}"
+    if arguments.html:
+        report.to_html(arguments.html)
+        text += f"\n\nWritten to {arguments.html}."
+    return Plan(report.sites), result, text
 
 
-def _from_module(source: str, name: str, spec: str) -> nn.Module:
-    sys.path.insert(0, "")
-    try:
-        module = importlib.import_module(source)
-    except ImportError as error:
-        raise SqueezeExciteError(f"MODEL {spec!r}: can't import {source!r}: {error}") from error
-    finally:
-        sys.path.remove("")
-    factory = getattr(module, name, None)
-    if factory is None:
-        raise SqueezeExciteError(f"MODEL {spec!r}: {source} has no {name!r}")
-    try:
-        model = factory if isinstance(factory, nn.Module) else factory()
-    except Exception as error:
-        raise SqueezeExciteError(f"MODEL {spec!r}: calling it failed: {type(error).__name__}: {error}") from error
-    if not isinstance(model, nn.Module):
-        raise SqueezeExciteError(f"MODEL {spec!r}: expected it to return an nn.Module, and got {type(model).__name__}")
-    return model
+def _suggest(arguments: argparse.Namespace) -> Outcome:
+    suggestion = se_fx.suggest(load_model(arguments.model), _inputs(arguments))
+    return suggestion.plan, {"options": suggestion.options, "reasons": suggestion.reasons}, str(suggestion)
 
 
+def _transform(arguments: argparse.Namespace) -> Outcome:
+    model = load_model(arguments.model, meta=False)
+    if arguments.checkpoint:
+        saved = torch.load(arguments.checkpoint, map_location="cpu", weights_only=True)
+        try:
+            model.load_state_dict(saved.get("state_dict", saved))
+        except (RuntimeError, AttributeError) as error:
+            reason = str(error).strip().split("\n")[0]
+            raise SqueezeExciteError(
+                f"--checkpoint {arguments.checkpoint}: does not fit {arguments.model}: {reason}"
+            ) from error
+    rewritten = se_fx.transform(model, _chosen(model, arguments))
+    chosen = Plan.of(rewritten)
+    with open(arguments.save, "wb") as file:
+        torch.save({"plan": chosen.to_dict(), "state_dict": rewritten.state_dict()}, file)
+    text = (
+        f"{chosen}\n\nWritten to {arguments.save}. To read it back:\n\n"
+        f"    saved = torch.load({str(arguments.save)!r}, weights_only=True)\n"
+        '    gm = se_fx.transform(model, se_fx.Plan.from_dict(saved["plan"]))\n'
+        '    gm.load_state_dict(saved["state_dict"])'
+    )
+    return chosen, {"saved": str(arguments.save), **chosen.to_dict()}, text
+
+
+def _bench(arguments: argparse.Namespace) -> Outcome:
+    model = load_model(arguments.model, meta=False).to(arguments.device)
+    rewritten = se_fx.transform(model, _chosen(model, arguments))
+    inputs = torch.zeros(arguments.input or (1, 3, 224, 224), device=arguments.device)
+    result = se_fx.bench(
+        rewritten,
+        inputs,
+        batch_sizes=arguments.batch_sizes,
+        compiled="both" if arguments.compiled else False,
+        training=arguments.training,
+        channels_last=arguments.channels_last,
+        autocast=torch.bfloat16 if arguments.bf16 else None,
+        rounds=arguments.rounds,
+    )
+    return Plan.of(rewritten), result.to_dict(), str(result)
+
+
+def _chosen(model: nn.Module, arguments: argparse.Namespace) -> Plan:
+    options = {name: getattr(arguments, name) for name in _OPTIONS if getattr(arguments, name) is not None}
+    budget = dict(arguments.budget or ())
+    chosen = se_fx.plan(model, example_inputs=_inputs(arguments), **options)
+    return chosen.within(**budget) if budget else chosen
+
+
+def _inputs(arguments: argparse.Namespace) -> torch.Tensor | None:
+    return torch.empty(arguments.input, device="meta") if arguments.input else None
+
+
+_COMMANDS: dict[str, tuple[Callable[[argparse.Namespace], Outcome], str]] = {
+    "report": (_report, "transform a model; show what was inserted, what it adds, and what was skipped and why"),
+    "plan": (_plan, "show where blocks would go, or with --json the plan that transform() can replay"),
+    "suggest": (_suggest, "recommended options for a model, with the reasons"),
+    "transform": (_transform, "transform a model and save its plan and its weights"),
+    "bench": (_bench, "measure the latency of a model with and without blocks"),
+}
+
+
+# ------------------------------------------------------------------------------------------------------------- arguments
 _OPTIONS = ("min_channels", "latent_channels", "placement", "init", "bias", "activation", "gate", "where")
 
 
@@ -130,27 +150,25 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"se_fx {se_fx.__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for name, does in (
-        ("report", "transform a model; show what was inserted, what it adds, and what was skipped and why"),
-        ("plan", "show where blocks would go, or with --json the plan that transform() can replay"),
-    ):
-        _add_arguments(
-            commands.add_parser(
-                name, help=does, description=does, epilog=_EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
-            )
+    for name, (_, does) in _COMMANDS.items():
+        command = commands.add_parser(
+            name, help=does, description=does, epilog=_EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
         )
+        command.add_argument("model", metavar="MODEL", help="torchvision name, timm:NAME, or package.module:callable")
+        command.add_argument(
+            "--input",
+            type=_shape,
+            metavar="N,C,H,W",
+            help="shape of an example input, to count MACs, FLOPs and bytes; none is computed",
+        )
+        command.add_argument("--json", action="store_true", help="print JSON instead of tables")
+        if name != "suggest":
+            _add_options(command)
+    _add_outputs(commands.choices)
     return parser
 
 
-def _add_arguments(command: argparse.ArgumentParser) -> None:
-    command.add_argument("model", metavar="MODEL", help="torchvision name, timm:NAME, or package.module:callable")
-    command.add_argument(
-        "--input",
-        type=_shape,
-        metavar="N,C,H,W",
-        help="shape of an example input, to count MACs, FLOPs and bytes; none is computed",
-    )
-    command.add_argument("--json", action="store_true", help="print JSON instead of tables")
+def _add_options(command: argparse.ArgumentParser) -> None:
     options = command.add_argument_group("where blocks go, and of what kind")
     options.add_argument(
         "--min-channels", type=_int_or_auto, metavar="N", help='least output channels of a conv, or "auto" (default: 128)'
@@ -160,10 +178,35 @@ def _add_arguments(command: argparse.ArgumentParser) -> None:
     )
     options.add_argument("--placement", help="where a block goes: conv, norm, residual, pre, post or identity (default: conv)")
     options.add_argument("--where", action="append", metavar="GLOB", help="only convs named so; '!GLOB' excludes; repeatable")
+    options.add_argument(
+        "--budget",
+        action="append",
+        type=_budget,
+        metavar="KIND=X",
+        help="keep the most blocks that add at most X flops, params or bytes: a number or, of the model's own, 1%% or 0.01; "
+        "repeatable; flops and bytes need --input",
+    )
     options.add_argument("--init", help="default or identity (default: default)")
     options.add_argument("--bias", action="store_true", default=None, help="biases in the blocks' linear layers")
     options.add_argument("--activation", help="relu, silu or gelu (default: relu)")
     options.add_argument("--gate", help="sigmoid or hardsigmoid (default: sigmoid)")
+
+
+def _add_outputs(commands: dict[str, argparse.ArgumentParser]) -> None:
+    commands["report"].add_argument("--html", metavar="FILE", help="also write a page with charts; needs --input for costs")
+    commands["report"].add_argument(
+        "--roofline", action="store_true", help="also estimate latency, from this machine's peak rates; needs --input"
+    )
+    commands["transform"].add_argument("--checkpoint", metavar="FILE", help="a state_dict to load into the model first")
+    commands["transform"].add_argument("--save", metavar="FILE", required=True, help="where plan and state_dict go")
+    bench = commands["bench"]
+    bench.add_argument("--batch-sizes", type=int, nargs="+", default=[1], metavar="N", help="default: 1")
+    bench.add_argument("--compiled", action="store_true", help="also under torch.compile")
+    bench.add_argument("--training", action="store_true", help="training steps instead of inference")
+    bench.add_argument("--channels-last", action="store_true", help="in memory format channels_last")
+    bench.add_argument("--bf16", action="store_true", help="under autocast to bfloat16")
+    bench.add_argument("--device", default="cpu", help="default: cpu")
+    bench.add_argument("--rounds", type=int, default=15, metavar="N", help="timings of each model (default: 15)")
 
 
 def _shape(text: str) -> tuple[int, ...]:
@@ -174,6 +217,20 @@ def _shape(text: str) -> tuple[int, ...]:
     if not shape or min(shape) < 0:
         raise argparse.ArgumentTypeError(f"{text!r}: expected a shape such as 1,3,224,224")
     return shape
+
+
+def _budget(text: str) -> tuple[str, float]:
+    kind, _, amount = text.partition("=")
+    try:
+        value = float(amount.removesuffix("%")) / 100 if amount.endswith("%") else _number(amount)
+    except (ValueError, argparse.ArgumentTypeError):
+        value = -1
+    too_much = amount.endswith("%") and value >= 1
+    if kind not in ("flops", "params", "bytes") or not value >= 0 or too_much:
+        raise argparse.ArgumentTypeError(
+            f"{text!r}: expected flops=, params= or bytes= and an amount, a number or less than 100%, such as flops=1%"
+        )
+    return kind, value
 
 
 def _number(text: str) -> float:

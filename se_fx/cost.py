@@ -16,23 +16,20 @@ import contextlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import (
-    DataDependentOutputException,
-    DynamicOutputShapeException,
-    FakeTensorMode,
-)
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from se_fx.errors import SqueezeExciteError
+from se_fx.fakes import Call, as_call, describe_call, faked
 from se_fx.regions import clone
 
-__all__ = ["NO_COST", "Cost", "Measurement", "measure"]
+__all__ = ["NO_COST", "Cost", "Measurement", "Operator", "measure"]
 
 
 @dataclass(frozen=True)
@@ -66,6 +63,21 @@ class Cost:
 NO_COST = Cost()
 
 
+@dataclass(frozen=True)
+class Operator:
+    """One operator that ran.
+
+    Attributes:
+        flops: floating-point operations.
+        bytes: bytes read and written.
+        part: the key of the watched module it ran in; None outside of these.
+    """
+
+    flops: int
+    bytes: int
+    part: str | None
+
+
 @dataclass
 class Measurement:
     """One counted call of a model.
@@ -74,6 +86,7 @@ class Measurement:
         total: everything.
         parts: the part of each watched module, by its key.
         shapes: the shape of each watched module's last output; watched modules that weren't reached are missing.
+        operators: those that computed or moved anything, in their order.
         uncounted: how often each operator ran that no rule covers; their FLOPs count as 0.
         ran_for_real: whether the model's code needed real values, so that the call was computed.
     """
@@ -81,6 +94,7 @@ class Measurement:
     total: Cost = NO_COST
     parts: dict[str, Cost] = field(default_factory=dict)
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    operators: list[Operator] = field(default_factory=list)
     uncounted: Counter[str] = field(default_factory=Counter)
     ran_for_real: bool = False
 
@@ -99,67 +113,26 @@ def measure(model: nn.Module, example_inputs: Any, watched: Mapping[str, str] | 
     Raises:
         SqueezeExciteError: the model can't be called with `example_inputs`.
     """
-    args, kwargs = as_call(example_inputs)
+    call = as_call(example_inputs)
     watched = watched or {}
     try:
-        return _count_fake(model, args, kwargs, watched)
+        with faked(model, call) as (copied, fake_call):
+            return _count(copied, fake_call, watched)
     except (DataDependentOutputException, DynamicOutputShapeException):
-        return _count(clone(model), args, kwargs, watched, ran_for_real=True)
+        return _count(clone(model), call, watched, ran_for_real=True)
     except SqueezeExciteError:
         raise
     except Exception as error:
         first_line = str(error).strip().split("\n")[0]
         raise SqueezeExciteError(
-            f"example_inputs: the model could not be called with {_describe(args, kwargs)}: "
-            f"{type(error).__name__}: {first_line}"
+            f"example_inputs: the model could not be called with {describe_call(call)}: {type(error).__name__}: {first_line}"
         ) from error
 
 
-def as_call(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Positional and keyword arguments of a call from `example_inputs` in any of the forms `measure` takes."""
-    if isinstance(example_inputs, Tensor):
-        return (example_inputs,), {}
-    if isinstance(example_inputs, (tuple, list)):
-        return tuple(example_inputs), {}
-    if isinstance(example_inputs, Mapping):
-        return (), dict(example_inputs)
-    raise SqueezeExciteError(
-        f"example_inputs={type(example_inputs).__name__}: expected a tensor, a tuple of positional arguments, "
-        "or a dict of keyword arguments"
-    )
-
-
-def _describe(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
-    parts = [tuple(arg.shape) if isinstance(arg, Tensor) else type(arg).__name__ for arg in (*args, *kwargs.values())]
-    return f"inputs {', '.join(map(str, parts))}" if parts else "no inputs"
-
-
 # ----------------------------------------------------------------------------------------------------------------- running
-def _count_fake(model: nn.Module, args: Any, kwargs: Any, watched: Mapping[str, str]) -> Measurement:
-    model = clone(model)
-    devices = [t.device for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
-    devices += [parameter.device for parameter in model.parameters()]
-    device = next((d for d in devices if d.type != "meta"), torch.device("cpu"))
-    fakes: dict[Tensor, Tensor] = {}
-    with FakeTensorMode(allow_non_fake_inputs=True):
-
-        def fake(tensor: Tensor) -> Tensor:
-            if tensor not in fakes:
-                where = device if tensor.device.type == "meta" else tensor.device
-                empty = torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype, device=where)
-                fakes[tensor] = nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
-            return fakes[tensor]
-
-        for module in model.modules():
-            if not isinstance(module, torch.jit.ScriptModule):
-                for tensors in (cast("dict[str, Any]", module._parameters), cast("dict[str, Any]", module._buffers)):
-                    tensors.update({name: fake(tensor) for name, tensor in tensors.items() if tensor is not None})
-        args, kwargs = tree_map_only(Tensor, fake, (args, kwargs))
-        return _count(model, args, kwargs, watched)
-
-
-def _count(model: nn.Module, args: Any, kwargs: Any, watched: Mapping[str, str], *, ran_for_real: bool = False) -> Measurement:
+def _count(model: nn.Module, call: Call, watched: Mapping[str, str], *, ran_for_real: bool = False) -> Measurement:
     """Count one call of `model`, a clone."""
+    args, kwargs = call
     model.eval()
     measurement = Measurement(ran_for_real=ran_for_real)
     counting = _Counting(measurement)
@@ -207,9 +180,11 @@ class _Counting(TorchDispatchMode):  # type: ignore[no-untyped-call]
         moved = sum(t.numel() * t.element_size() for t in tensors)
         cost = Cost(macs=macs, flops=flops, bytes=moved)
         self.measurement.total += cost
-        if self.inside:
-            key = self.inside[-1]
-            self.measurement.parts[key] += cost
+        part = self.inside[-1] if self.inside else None
+        if part is not None:
+            self.measurement.parts[part] += cost
+        if flops or moved:
+            self.measurement.operators.append(Operator(flops, moved, part))
         return out
 
     def _operations(self, func: Any, args: Any, kwargs: Any, out: Any) -> tuple[int, int]:

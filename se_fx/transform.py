@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from se_fx.activations import activation_bytes
 from se_fx.capture import capture
 from se_fx.choosing import choose, fit, locate, new_block
 from se_fx.cost import Cost, Measurement, measure
@@ -165,9 +166,11 @@ def report(rewritten: nn.Module, example_inputs: Any = None) -> Report:
     Raises:
         SqueezeExciteError: the model isn't a rewritten one, or can't be called with `example_inputs`.
     """
-    known, everything = Plan.of(rewritten), Measurement()
+    known, everything, kept = Plan.of(rewritten), Measurement(), None
     if example_inputs is not None:
         known, everything = _costed(rewritten, example_inputs)
+        before, after = (activation_bytes(model, example_inputs) for model in (remove(rewritten), rewritten))
+        kept = None if before is None or after is None else (before, after)
     return Report(
         model=own_class(rewritten).__name__,
         sites=known.sites,
@@ -179,6 +182,8 @@ def report(rewritten: nn.Module, example_inputs: Any = None) -> Report:
         alone=known.alone,
         regions=tuple(name for name, module in rewritten.named_modules() if graphs_of(module) is not None),
         uncounted=tuple(everything.uncounted.most_common()),
+        activation_bytes=kept,
+        operators=tuple(everything.operators),
     )
 
 

@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+import torch
 from torch import nn
 
+import se_fx
 from se_fx.cli import main
 
 
@@ -44,6 +47,56 @@ def test_plan_of_a_callable(capsys: pytest.CaptureFixture[str]) -> None:
     assert [site["name"] for site in json.loads(capsys.readouterr().out)["sites"]] == ["0", "2"]
 
 
+def test_budgets(capsys: pytest.CaptureFixture[str]) -> None:
+    paper = ["plan", "resnet18", "--placement", "residual", "--min-channels", "1", "--input", "1,3,64,64"]
+    assert main([*paper, "--budget", "params=1%", "--budget", "flops=1e6"]) == 0
+    assert 0 < int(capsys.readouterr().out.split()[0]) < 8
+    assert main([*paper, "--budget", "params=0"]) == 1  # nothing fits
+    assert capsys.readouterr().out.startswith("0 sites")
+
+
+def test_suggest(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["suggest", "resnet18", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["options"] == {"min_channels": 512, "latent_channels": 64}
+
+
+def test_roofline(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["report", f"{__name__}:build", "--input", "1,3,16,16", "--roofline"]) == 0
+    assert "Estimated, not measured" in capsys.readouterr().out
+    assert main(["report", f"{__name__}:build", "--roofline"]) == 2
+    assert "--input" in capsys.readouterr().err
+
+
+def test_transform_and_read_back(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    plain, saved = tmp_path / "plain.pt", tmp_path / "se.pt"
+    model = build()
+    torch.save(model.state_dict(), plain)
+    spec = f"{__name__}:build"
+    assert main(["transform", spec, "--checkpoint", str(plain), "--init", "identity", "--save", str(saved)]) == 0
+    assert "weights_only=True" in capsys.readouterr().out
+    read = torch.load(saved, weights_only=True)
+    gm = se_fx.transform(build(), se_fx.Plan.from_dict(read["plan"]))
+    gm.load_state_dict(read["state_dict"])
+    x = torch.randn(1, 3, 5, 5)
+    assert torch.equal(gm(x), model(x))
+    assert main(["transform", "resnet18", "--checkpoint", str(plain), "--save", str(saved)]) == 2
+    assert "does not fit resnet18" in capsys.readouterr().err
+    assert main(["transform", spec, "--save", str(tmp_path / "no" / "such" / "folder.pt")]) == 2
+    assert main(["transform", spec, "--min-channels", "5000", "--save", str(saved)]) == 1
+
+
+def test_bench(capsys: pytest.CaptureFixture[str]) -> None:
+    spec = f"{__name__}:build"
+    assert main(["bench", spec, "--input", "1,3,8,8", "--rounds", "2", "--batch-sizes", "1", "2", "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)["rows"]
+    assert {(row["model"], row["batch_size"]) for row in rows} == {
+        ("original", 1),
+        ("original", 2),
+        ("rewritten", 1),
+        ("rewritten", 2),
+    }
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -57,6 +110,8 @@ def test_plan_of_a_callable(capsys: pytest.CaptureFixture[str]) -> None:
         (["report", "resnet18", "--min-channels", "0"], "min_channels=0: expected"),
         (["report", "resnet18", "--latent-channels", "1.5"], "latent_channels=1.5: expected"),
         (["report", "resnet18", "--placement", "nowhere"], "placement='nowhere': expected one of 'conv'"),
+        (["plan", "resnet18", "--budget", "flops=1%"], "flops: this plan has no costs yet"),
+        (["plan", "vgg11", "--placement", "residual"], "placement='residual': the graphs of VGG have no such place"),
         (["report", "resnet18", "--gate", "tanh"], "gate='tanh': expected one of"),
         (
             ["report", "resnet18", "--input", "1,4,64,64"],
@@ -84,6 +139,11 @@ def test_bad_input_is_one_clear_line_and_status_2(
         (["report", "resnet18", "--input", "1,-3"], "'1,-3': expected a shape"),
         (["report", "resnet18", "--min-channels", "many"], "'many': expected an integer or auto"),
         (["report", "resnet18", "--latent-channels", "1/0"], "'1/0': expected a width such as 64 or a fraction"),
+        (["plan", "resnet18", "--budget", "flops"], "'flops': expected flops=, params= or bytes="),
+        (["plan", "resnet18", "--budget", "time=1%"], "'time=1%': expected flops="),
+        (["plan", "resnet18", "--budget", "flops=100%"], "'flops=100%': expected"),
+        (["plan", "resnet18", "--budget", "flops=-1"], "'flops=-1': expected"),
+        (["transform", "resnet18"], "required: --save"),
         (["report", "resnet18", "--nonsense"], "unrecognized arguments: --nonsense"),
     ],
 )
@@ -95,7 +155,7 @@ def test_bad_usage_is_status_2(arguments: list[str], message: str, capsys: pytes
 
 
 def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:
-    for arguments in (["--help"], ["report", "--help"]):
+    for arguments in (["--help"], *([command, "--help"] for command in ("report", "plan", "suggest", "transform", "bench"))):
         with pytest.raises(SystemExit) as caught:
             main(arguments)
         assert caught.value.code == 0

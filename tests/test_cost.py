@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import time
 import tracemalloc
 
@@ -12,7 +13,8 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import se_fx
-from se_fx import Cost
+from se_fx import Cost, Machine
+from se_fx.activations import activation_bytes
 from se_fx.cost import measure
 
 
@@ -48,6 +50,75 @@ def test_a_block_by_hand() -> None:
     assert (cost.params, cost.macs, cost.flops) == (64, 64, 2 * 64 + 200 + 4 + 8 + 200)
     floats = (200 + 8) + (8 + 32 + 4) + (4 + 4) + (4 + 32 + 8) + (8 + 8) + (200 + 8 + 200)
     assert cost.bytes == 4 * floats
+
+
+def test_a_residual_unit_by_hand() -> None:
+    class Unit(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.norm = nn.Conv2d(4, 4, 3, padding=1, bias=False), nn.BatchNorm2d(4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.relu(self.norm(self.conv(x)) + x)
+
+    # A map is 4 * 3 * 3 = 36 floats. Conv: 9 * 4 * 36 MACs. Norm: scale and shift each value, 2 * 36. Add 36, ReLU 36.
+    # Moved: conv 36 + 144 + 36; norm 36 + 36, and 4 vectors of 4; add 3 * 36; ReLU 2 * 36.
+    cost = measure(Unit(), torch.zeros(1, 4, 3, 3)).total
+    macs = 9 * 4 * 36
+    assert (cost.params, cost.macs, cost.flops) == (144 + 8, macs, 2 * macs + 72 + 36 + 36)
+    assert cost.bytes == 4 * ((36 + 144 + 36) + (36 + 36 + 16) + 3 * 36 + 2 * 36)
+
+
+def test_activations_kept_for_training_by_hand() -> None:
+    # conv keeps its input (2*3*36 floats); ReLU its output (2*8*16), which linear keeps too, flattened, without a copy.
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(128, 5))
+    assert activation_bytes(model, torch.zeros(2, 3, 6, 6)) == 4 * (2 * 3 * 36 + 2 * 8 * 16)
+    assert activation_bytes(model.requires_grad_(False), torch.zeros(2, 3, 6, 6)) == 0
+
+
+@pytest.mark.parametrize("placement", ["conv", "residual"])
+def test_activations_are_what_autograd_keeps(placement: str) -> None:
+    model = torchvision.models.resnet18()
+    gm = se_fx.transform(model, placement=placement, min_channels=64)
+    x = torch.randn(2, 3, 64, 64)
+    modes = model.training, gm.training
+    report = se_fx.report(gm, x)
+    assert report.activation_bytes == (really_kept(model, x), really_kept(gm, x))
+    assert report.activation_bytes[0] < report.activation_bytes[1]
+    assert (model.training, gm.training) == modes
+    assert all(p.grad is None for p in gm.parameters())
+
+
+def really_kept(model: nn.Module, x: Tensor) -> int:
+    model = copy.deepcopy(model).train()
+    own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
+    kept = {}
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda t: kept.setdefault(t.untyped_storage().data_ptr(), t) is None or t, lambda t: t
+    ):
+        out = model(x)  # noqa: F841  keeps the graph alive
+        return sum(t.untyped_storage().nbytes() for pointer, t in kept.items() if pointer not in own)
+
+
+def test_activations_are_unknown_where_training_calls_for_other_inputs() -> None:
+    model = torchvision.models.detection.ssdlite320_mobilenet_v3_large(weights=None, weights_backbone=None)
+    assert activation_bytes(model, ([torch.rand(3, 32, 32)],)) is None
+
+
+def test_rooflines() -> None:
+    machine = Machine(flops_per_second=1e9, bytes_per_second=1e8, device="cpu", dtype="float32")
+    gm = se_fx.transform(nn.Sequential(nn.Conv2d(3, 8, 3, bias=False)), min_channels=1, latent_channels=4)
+    report = se_fx.report(gm, torch.zeros(1, 3, 6, 6))
+    estimate = report.estimate(machine)
+    conv_bytes, conv_flops = 4 * (108 + 216 + 128), 2 * 16 * 8 * 27
+    assert estimate.base == pytest.approx(max(conv_flops / 1e9, conv_bytes / 1e8))
+    assert estimate.added == pytest.approx(report.added.bytes / 1e8)  # every operator of a block is bound by memory
+    assert "Estimated, not measured" in str(estimate)
+    with pytest.raises(se_fx.SqueezeExciteError, match=r"estimate.*example_inputs"):
+        se_fx.report(gm).estimate(machine)
+    here = se_fx.measure_machine()
+    assert here.flops_per_second > 0
+    assert here.bytes_per_second > 0
 
 
 def test_shared_modules_count_once_for_parameters_and_once_a_call_for_macs() -> None:

@@ -6,8 +6,11 @@ import pytest
 import torch
 import torchvision
 import zoo
+from torch.utils.flop_counter import FlopCounterMode
 
 import se_fx
+from se_fx.cost import measure
+from se_fx.fakes import faked
 
 DETECTION = ("rcnn", "retinanet", "fcos", "ssd")
 #: In train mode, one model of every family; detection models need targets then, see test_detection.py.
@@ -54,6 +57,36 @@ def test_every_placement_in_both_modes(name: str) -> None:
         assert len(se_fx.Plan.of(rewritten)) > 0
         assert zoo.compare(model, rewritten, args, (False, True)) == "equal"
         assert type(se_fx.remove(rewritten)) is type(model)
+
+
+COUNTED = [
+    name for kind in ("segmentation", "video") for name in torchvision.models.list_models(getattr(torchvision.models, kind))
+]
+
+
+@pytest.mark.zoo
+@pytest.mark.parametrize("name", [*torchvision.models.list_models(torchvision.models), *COUNTED])
+def test_macs_are_half_of_pytorchs_flops(name: str) -> None:
+    builder = torchvision.models.get_model_builder(name)
+    options = {"weights_backbone": None} if "weights_backbone" in builder.__annotations__ else {}
+    with torch.device("meta"):
+        model = builder(weights=None, **options)
+    size = (3, 16, 224, 224) if name in VIDEO else (3, 299, 299) if name == "inception_v3" else (3, 224, 224)
+    x = torch.empty(2, *size, device="meta")
+    if name in VIDEO:
+        assert 2 * measure(model, x).total.macs == counted(model, x) > 0
+        return
+    rewritten = se_fx.transform(model, min_channels=1, latent_channels=8)
+    report = se_fx.report(rewritten, x)
+    assert 2 * report.base.macs == counted(model, x) > 0
+    assert 2 * report.added.macs == counted(rewritten, x) - counted(model, x) > 0
+
+
+def counted(model: torch.nn.Module, x: torch.Tensor) -> int:
+    """FLOPs by PyTorch's counter, on fake tensors."""
+    with faked(model, ((x,), {})) as (copied, (args, _)), torch.no_grad(), FlopCounterMode(display=False) as counter:
+        copied.eval()(*args)
+    return counter.get_total_flops()
 
 
 FAMILIES = """

@@ -1,0 +1,68 @@
+"""Fakes: a model and its inputs on tensors that have shapes, but no memory and no values."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from se_fx.errors import SqueezeExciteError
+from se_fx.regions import clone
+
+__all__ = ["as_call", "describe_call", "faked"]
+
+Call = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+def as_call(example_inputs: Any) -> Call:
+    """Positional and keyword arguments of a call from `example_inputs`: a tensor, a tuple, or a dict of keyword arguments.
+
+    Raises:
+        SqueezeExciteError: it is something else.
+    """
+    if isinstance(example_inputs, Tensor):
+        return (example_inputs,), {}
+    if isinstance(example_inputs, (tuple, list)):
+        return tuple(example_inputs), {}
+    if isinstance(example_inputs, Mapping):
+        return (), dict(example_inputs)
+    raise SqueezeExciteError(
+        f"example_inputs={type(example_inputs).__name__}: expected a tensor, a tuple of positional arguments, "
+        "or a dict of keyword arguments"
+    )
+
+
+def describe_call(call: Call) -> str:
+    """The shapes of a call's tensors, for errors."""
+    args, kwargs = call
+    parts = [tuple(arg.shape) if isinstance(arg, Tensor) else type(arg).__name__ for arg in (*args, *kwargs.values())]
+    return f"inputs {', '.join(map(str, parts))}" if parts else "no inputs"
+
+
+@contextlib.contextmanager
+def faked(model: nn.Module, call: Call) -> Iterator[tuple[nn.Module, Call]]:
+    """Within, a copy of `model` and a call, all of whose tensors are fake; meta tensors get the device of the others."""
+    copied = clone(model)
+    devices = [t.device for t in tree_leaves(call) if isinstance(t, Tensor)]
+    devices += [parameter.device for parameter in copied.parameters()]
+    device = next((d for d in devices if d.type != "meta"), torch.device("cpu"))
+    fakes: dict[Tensor, Tensor] = {}
+    with FakeTensorMode(allow_non_fake_inputs=True):
+
+        def fake(tensor: Tensor) -> Tensor:
+            if tensor not in fakes:
+                where = device if tensor.device.type == "meta" else tensor.device
+                empty = torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype, device=where)
+                fakes[tensor] = nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
+            return fakes[tensor]
+
+        for module in copied.modules():
+            if not isinstance(module, torch.jit.ScriptModule):
+                for tensors in (cast("dict[str, Any]", module._parameters), cast("dict[str, Any]", module._buffers)):
+                    tensors.update({name: fake(tensor) for name, tensor in tensors.items() if tensor is not None})
+        yield copied, cast("Call", tree_map_only(Tensor, fake, call))

@@ -1,0 +1,103 @@
+"""Stages: how the names of a model's convs fall into groups, as people read them. Knows names alone."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+
+__all__ = ["columns", "in_order", "stages"]
+
+_MOST = 10  # stages that one glance takes in
+
+
+def stages(names: Iterable[str]) -> dict[str, list[str]]:
+    """Names, in the order of the model, by the shortest prefixes that tell its parts apart.
+
+    A part that holds more than half of all names is split into its own parts, as long as there are no more than ten in all.
+
+    >>> list(stages(["conv1", "layer1.0.conv1", "layer1.0.conv2", "layer1.1.conv1", "layer2.0.conv1", "layer2.1.conv1"]))
+    ['conv1', 'layer1', 'layer2']
+    >>> list(stages(["stem", *(f"blocks.{i}.{j}.conv" for i in range(3) for j in range(2)), "head"]))
+    ['stem', 'blocks.0', 'blocks.1', 'blocks.2', 'head']
+    """
+    names = list(names)
+    groups = _split("", names)
+    if len(groups) > 2 * _MOST:
+        return {"": names}
+    while groups:
+        largest = max(groups, key=lambda prefix: len(groups[prefix]))
+        parts = _split(largest, groups[largest])
+        dominates = len(groups) == 1 or 2 * len(groups[largest]) > len(names)
+        if not dominates or list(parts) == [largest] or len(groups) - 1 + len(parts) > _MOST:
+            break
+        groups = {
+            prefix: members
+            for group, whole in groups.items()
+            for prefix, members in (parts if group == largest else {group: whole}).items()
+        }
+    return groups
+
+
+def columns(stage: str, names: Sequence[str], most: int = 8) -> list[list[str]]:
+    """The names of one stage as columns of at most `most`: one for each of its blocks, where its blocks have several convs.
+
+    >>> columns("layer1", ["layer1.0.conv1", "layer1.0.conv2", "layer1.1.conv1", "layer1.1.conv2"])
+    [['layer1.0.conv1', 'layer1.0.conv2'], ['layer1.1.conv1', 'layer1.1.conv2']]
+    >>> columns("features", ["features.0", "features.2", "features.5", "features.7", "features.10"])
+    [['features.0', 'features.2', 'features.5', 'features.7'], ['features.10']]
+    """
+    parts = _split(stage, names)
+    if len(parts) == len(names):
+        height = max(min(4, most), -(-len(names) // 40))
+        return [list(names[i : i + height]) for i in range(0, len(names), height)]
+    found: list[list[str]] = []
+    for part, members in parts.items():
+        found += columns(part, members, most) if len(members) > most else [members]
+    return found
+
+
+def in_order(*sequences: Iterable[str]) -> list[str]:
+    """Names of several sequences, each in the order of the model, as one such sequence.
+
+    What no sequence tells stays beside its like, in the order of its numbers.
+
+    >>> in_order(["conv1", "layer1.0.conv1", "layer1.0.downsample", "layer1.1.conv1"], ["layer1.0.conv2", "layer1.1.conv2"])
+    ['conv1', 'layer1.0.conv1', 'layer1.0.conv2', 'layer1.0.downsample', 'layer1.1.conv1', 'layer1.1.conv2']
+    """
+    return _merged("", [list(sequence) for sequence in sequences])
+
+
+def _merged(prefix: str, sequences: list[list[str]]) -> list[str]:
+    split = [_split(prefix, names) for names in sequences]
+    waiting = [list(groups) for groups in split]
+    merged: list[str] = []
+    last = None
+    while any(waiting):
+        heads = [queue[0] for queue in waiting if queue]
+        free = [head for head in heads if not any(head in queue[1:] for queue in waiting)] or heads
+        kinds = [_kind(head) for head in free]
+        kind = last if last in kinds else kinds[0]
+        chosen = min((head for head in free if _kind(head) == kind), key=_natural)
+        members = [groups[chosen] for groups in split if chosen in groups]
+        alone = len(members) == 1 or any(chosen in names for names in members)
+        merged += dict.fromkeys(name for names in members for name in names) if alone else _merged(chosen, members)
+        waiting = [[head for head in queue if head != chosen] for queue in waiting]
+        last = kind
+    return merged
+
+
+def _split(prefix: str, names: Iterable[str]) -> dict[str, list[str]]:
+    """Names that begin with `prefix`, by the prefixes of one component more; a name that ends there is one of its own."""
+    depth = len(prefix.split(".")) + 1 if prefix else 1
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        groups.setdefault(".".join(name.split(".")[:depth]), []).append(name)
+    return groups
+
+
+def _kind(name: str) -> str:
+    return re.sub(r"\d+", "0", name)
+
+
+def _natural(name: str) -> list[tuple[int, str]]:
+    return [(int(number or 0), text) for text, number in re.findall(r"(\D*)(\d*)", name)]
