@@ -1,5 +1,6 @@
 """Squeeze-and-Excitation as a torch.fx compiler pass."""
 
+from se_fx.bench import Benchmark, bench
 from se_fx.blocks import SqueezeExcite2d
 from se_fx.cost import Cost
 from se_fx.errors import SqueezeExciteError
@@ -10,6 +11,7 @@ from se_fx.suggest import Suggestion, suggest
 from se_fx.transform import apply_squeeze_excite, plan, remove, report, transform
 
 __all__ = [
+    "Benchmark",
     "Cost",
     "Machine",
     "Plan",
@@ -19,6 +21,7 @@ __all__ = [
     "SqueezeExciteError",
     "Suggestion",
     "apply_squeeze_excite",
+    "bench",
     "measure_machine",
     "plan",
     "remove",

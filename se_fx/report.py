@@ -14,7 +14,7 @@ from se_fx.cost import Cost, Operator
 from se_fx.errors import SqueezeExciteError
 from se_fx.plan import Site, Skip, percent, site_table
 from se_fx.roofline import Machine
-from se_fx.stages import stages
+from se_fx.stages import in_order, stages
 
 __all__ = ["Estimate", "Report"]
 
@@ -142,7 +142,7 @@ class Report:
         """One row for each stage, for models with many sites."""
         by_name = {site.name: site for site in self.sites}
         rows = []
-        for stage, names in stages([*by_name, *(skip.name for skip in self.skipped)]).items():
+        for stage, names in stages(in_order(by_name, [skip.name for skip in self.skipped])).items():
             sites = [by_name[name] for name in names if name in by_name]
             cost = sum((site.cost for site in sites), Cost())
             channels = sorted({site.channels for site in sites})

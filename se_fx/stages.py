@@ -13,7 +13,8 @@ _MOST = 10  # stages that one glance takes in
 def stages(names: Iterable[str]) -> dict[str, list[str]]:
     """Names, in the order of the model, by the shortest prefixes that tell its parts apart.
 
-    A part that holds more than half of all names is split into its own parts, as long as there are no more than ten in all.
+    A part that holds more than half of all names is split into its own parts, unless these are single convs, or there would
+    be more than ten in all.
 
     >>> list(stages(["conv1", "layer1.0.conv1", "layer1.0.conv2", "layer1.1.conv1", "layer2.0.conv1", "layer2.1.conv1"]))
     ['conv1', 'layer1', 'layer2']
@@ -22,13 +23,13 @@ def stages(names: Iterable[str]) -> dict[str, list[str]]:
     """
     names = list(names)
     groups = _split("", names)
-    if len(groups) > 2 * _MOST:
+    if len(groups) > (_MOST if len(groups) == len(names) else 2 * _MOST):
         return {"": names}
     while groups:
         largest = max(groups, key=lambda prefix: len(groups[prefix]))
         parts = _split(largest, groups[largest])
         dominates = len(groups) == 1 or 2 * len(groups[largest]) > len(names)
-        if not dominates or list(parts) == [largest] or len(groups) - 1 + len(parts) > _MOST:
+        if not dominates or len(parts) == len(groups[largest]) or len(groups) - 1 + len(parts) > _MOST:
             break
         groups = {
             prefix: members

@@ -11,6 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import se_fx
 from se_fx.cost import measure
 from se_fx.fakes import faked
+from se_fx.loading import load_model
 
 DETECTION = ("rcnn", "retinanet", "fcos", "ssd")
 #: In train mode, one model of every family; detection models need targets then, see test_detection.py.
@@ -67,10 +68,7 @@ COUNTED = [
 @pytest.mark.zoo
 @pytest.mark.parametrize("name", [*torchvision.models.list_models(torchvision.models), *COUNTED])
 def test_macs_are_half_of_pytorchs_flops(name: str) -> None:
-    builder = torchvision.models.get_model_builder(name)
-    options = {"weights_backbone": None} if "weights_backbone" in builder.__annotations__ else {}
-    with torch.device("meta"):
-        model = builder(weights=None, **options)
+    model = load_model(name)
     size = (3, 16, 224, 224) if name in VIDEO else (3, 299, 299) if name == "inception_v3" else (3, 224, 224)
     x = torch.empty(2, *size, device="meta")
     if name in VIDEO:

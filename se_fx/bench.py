@@ -1,0 +1,403 @@
+"""Benchmarks: how long calls of several models take, and what memory they need, measured side by side.
+
+One round times every model once, each next to the others, so that what slows the machine down for a while slows all of
+them down. Ratios are taken within rounds: these are the figures to compare by.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+import math
+import platform
+import re
+import statistics
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from tabulate import tabulate
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from se_fx.errors import SqueezeExciteError
+from se_fx.fakes import Call, as_call, describe_call
+from se_fx.memory import peak_bytes
+from se_fx.plan import plan_of
+from se_fx.tracing import random_state, reason_of, set_random_state
+from se_fx.transform import remove
+
+__all__ = ["Benchmark", "Row", "bench"]
+
+Cell = tuple[str, str]  # name of a model, mode
+MODES: dict[bool | str, tuple[str, ...]] = {False: ("eager",), True: ("compiled",), "both": ("eager", "compiled")}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One model in one mode at one batch size.
+
+    Attributes:
+        model: its name.
+        mode: "eager" or "compiled".
+        batch_size: samples in a call.
+        seconds: of one call, round by round.
+        ratios: `seconds` over the baseline's in the same mode, batch size and round.
+        peak_bytes: the most bytes of memory that one call takes at a time, beside weights and inputs.
+    """
+
+    model: str
+    mode: str
+    batch_size: int
+    seconds: tuple[float, ...]
+    ratios: tuple[float, ...]
+    peak_bytes: int
+
+    @property
+    def median(self) -> float:
+        """Median of the rounds' seconds."""
+        return statistics.median(self.seconds)
+
+    @property
+    def iqr(self) -> tuple[float, float]:
+        """First and third quartile of the rounds' seconds."""
+        return _quartiles(self.seconds)
+
+    @property
+    def ratio(self) -> float:
+        """Median of the rounds' ratios to the baseline."""
+        return statistics.median(self.ratios)
+
+    @property
+    def ratio_iqr(self) -> tuple[float, float]:
+        """First and third quartile of the rounds' ratios."""
+        return _quartiles(self.ratios)
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """What `bench` measured. `print` it, or read its rows.
+
+    Attributes:
+        rows: batch size by batch size, mode by mode, model by model.
+        baseline: name of the model that ratios are to.
+        training: whether calls are training steps.
+        channels_last: whether weights and inputs are in that memory format.
+        dtype: of the baseline's parameters, such as "float32".
+        autocast: the dtype of autocast, such as "bfloat16"; None without.
+        rounds: timings of each row.
+        device: such as "cpu" or "cuda:0".
+        machine: names of the CPU or GPU, number of threads on the CPU, version of PyTorch.
+    """
+
+    rows: tuple[Row, ...]
+    baseline: str
+    training: bool
+    channels_last: bool
+    dtype: str
+    autocast: str | None
+    rounds: int
+    device: str
+    machine: str
+
+    def __str__(self) -> str:
+        headers = ["model", "mode", "batch", "median, ms", "IQR, ms", "ratio", "IQR of ratios", "peak, MiB"]
+        table = tabulate(map(_cells, self.rows), headers, disable_numparse=True, colalign=("left", "left", *["right"] * 6))
+        dtype = f"{self.dtype}, autocast to {self.autocast}" if self.autocast else self.dtype
+        layout = ", channels_last" if self.channels_last else ""
+        calls = "training steps" if self.training else "inference"
+        return f"{table}\n{self.machine}; {dtype}{layout}, {calls}, rounds: {self.rounds}, ratios to {self.baseline}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types; rows have their medians and quartiles too."""
+        derived = ("median", "iqr", "ratio", "ratio_iqr")
+        rows = [dataclasses.asdict(row) | {name: getattr(row, name) for name in derived} for row in self.rows]
+        rows = [{key: list(value) if isinstance(value, tuple) else value for key, value in row.items()} for row in rows]
+        return dataclasses.asdict(self) | {"rows": rows}
+
+
+def bench(
+    models: Mapping[str, nn.Module] | nn.Module,
+    example_inputs: Any = None,
+    *,
+    batch_sizes: Sequence[int] = (1,),
+    compiled: bool | str = False,
+    training: bool = False,
+    channels_last: bool = False,
+    autocast: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+    rounds: int = 15,
+    min_seconds: float = 0.05,
+    progress: bool = True,
+) -> Benchmark:
+    """Time calls of several models side by side, and measure their memory.
+
+    The models are copied first, and come out as they went in: modes, parameters, buffers, gradients. So do all random
+    number generators. Each copy is called to warm up (which compiles it), to find how many calls fill a timing, and once
+    to measure memory; then come the rounds.
+
+    Peak memory is the most that is allocated at a time, beyond what was before the call: activations, gradients, outputs
+    and the operators' own workspace. On CUDA it is `torch.cuda.max_memory_allocated`, less what was allocated before; on
+    the CPU, the allocations and releases of PyTorch's allocator in the calling thread, as `torch.profiler` records them.
+
+    Args:
+        models: modules by name, the baseline first; or one rewritten model, to be compared with its original.
+        example_inputs: a tensor, a tuple of positional arguments, or a dict of keyword arguments. Dimension 0 of every
+            tensor is the batch; its samples are repeated. Tensors on the meta device are filled with random numbers.
+        batch_sizes: numbers of samples in a call, each measured for itself.
+        compiled: False: as they are; True: under `torch.compile`, anew for each batch size; "both": either way.
+        training: time a training step, in train mode: forward, the mean of all floating-point outputs, backward. Else
+            inference, in eval mode, under `torch.inference_mode`.
+        channels_last: convert weights and inputs of 4 dimensions to that memory format.
+        autocast: run under autocast to this dtype, `torch.bfloat16` or `torch.float16`.
+        device: "cpu" or a CUDA device; None is that of the models' parameters.
+        rounds: how often each model is timed, at least 1.
+        min_seconds: the least that one timing lasts, in seconds; calls are repeated to fill it.
+        progress: show a progress bar on stderr, if tqdm is installed.
+
+    Raises:
+        SqueezeExciteError: an argument is not what is expected, or a model can't be copied, compiled or called.
+
+    >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3))
+    >>> models = {"all": net, "first": net[0]}
+    >>> result = bench(models, torch.zeros(1, 3, 8, 8), batch_sizes=(1, 4), rounds=2, min_seconds=0, progress=False)
+    >>> [(row.model, row.batch_size) for row in result.rows]
+    [('all', 1), ('first', 1), ('all', 4), ('first', 4)]
+    """
+    _check(batch_sizes, compiled, autocast, rounds, min_seconds)
+    named = _named(models)
+    call, where, modes = as_call(example_inputs), _device(named, device), MODES[compiled]
+    rows: list[Row] = []
+    ticks = len(batch_sizes) * len(named) * len(modes) * (rounds + 1)
+    with _surroundings(where, compiles="compiled" in modes), _progress(ticks, progress) as tick:
+        copies = {name: _copied(name, model, where, training, channels_last) for name, model in named.items()}
+        runs = {
+            (name, mode): cast("nn.Module", torch.compile(model, dynamic=False)) if mode == "compiled" else model
+            for mode in modes
+            for name, model in copies.items()
+        }
+        for batch_size in batch_sizes:
+            inputs = _batch(call, batch_size, where, channels_last)
+            steps = {cell: _Step(model, inputs, training, where, autocast) for cell, model in runs.items()}
+            rows += _measured(steps, batch_size, rounds, min_seconds, tick)
+    baseline = next(iter(named))
+    dtypes = (parameter.dtype for parameter in named[baseline].parameters() if parameter.is_floating_point())
+    return Benchmark(
+        rows=tuple(rows),
+        baseline=baseline,
+        training=training,
+        channels_last=channels_last,
+        dtype=str(next(dtypes, torch.get_default_dtype())).removeprefix("torch."),
+        autocast=str(autocast).removeprefix("torch.") if autocast else None,
+        rounds=rounds,
+        device=str(where),
+        machine=f"{_processor(where)}, threads: {torch.get_num_threads()}, torch {torch.__version__}",
+    )
+
+
+# -------------------------------------------------------------------------------------------------------------- measuring
+@dataclass(frozen=True)
+class _Step:
+    """What is timed: one call of a model, or one training step."""
+
+    model: nn.Module
+    inputs: Call
+    training: bool
+    device: torch.device
+    autocast: torch.dtype | None
+
+    def __call__(self) -> None:
+        args, kwargs = self.inputs
+        with torch.inference_mode(not self.training):
+            with torch.autocast(self.device.type, dtype=self.autocast, enabled=self.autocast is not None):
+                output = self.model(*args, **kwargs)
+                loss = _loss(output) if self.training else None
+            if loss is not None:
+                loss.backward()  # type: ignore[no-untyped-call]
+                self.model.zero_grad(set_to_none=True)
+
+
+def _loss(output: Any) -> Tensor:
+    floating = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+    if not any(leaf.requires_grad for leaf in floating):
+        raise SqueezeExciteError("no output has a gradient; unfreeze parameters, or pass training=False")
+    return torch.stack([leaf.mean(dtype=torch.float32) for leaf in floating]).sum()
+
+
+def _measured(
+    steps: Mapping[Cell, _Step], batch_size: int, rounds: int, min_seconds: float, tick: Callable[[], object]
+) -> Iterator[Row]:
+    numbers, peaks = {}, {}
+    for (name, mode), step in steps.items():
+        try:
+            step()
+        except Exception as error:
+            raise SqueezeExciteError(
+                f"models[{name!r}]: {'a training step' if step.training else 'inference'} ({mode}) failed with "
+                f"{describe_call(step.inputs)}; check example_inputs and batch_sizes. {reason_of(error)}"
+            ) from error
+        numbers[name, mode] = _number(step, min_seconds)
+        peaks[name, mode] = peak_bytes(step, step.device)
+        tick()
+    seconds: dict[Cell, list[float]] = {cell: [] for cell in steps}
+    for round_ in range(rounds):
+        for cell in _order(list(steps), round_):
+            seconds[cell].append(_seconds(steps[cell], numbers[cell]))
+            tick()
+    (baseline, _), *_ = steps
+    for (name, mode), times in seconds.items():
+        ratios = tuple(time / base for time, base in zip(times, seconds[baseline, mode], strict=True))
+        yield Row(name, mode, batch_size, tuple(times), ratios, peaks[name, mode])
+
+
+def _order(cells: list[Cell], round_: int) -> list[Cell]:
+    """A B C, C B A, B C A, A C B, C A B, B A C, and so on: each cell at each place equally often."""
+    first = round_ // 2 % len(cells)
+    turned = cells[first:] + cells[:first]
+    return turned[::-1] if round_ % 2 else turned
+
+
+def _number(step: Callable[[], None], min_seconds: float) -> int:
+    """How many calls last `min_seconds`."""
+    number, seconds = 1, _seconds(step, 1)
+    while number * seconds < min_seconds:
+        number = max(number + 1, math.ceil(1.1 * min_seconds / seconds))
+        seconds = _seconds(step, number)
+    return number
+
+
+def _seconds(step: Callable[[], None], number: int) -> float:
+    """Seconds that each of `number` calls takes; the timer makes a few more before, to warm up."""
+    from torch.utils.benchmark import Timer  # slow to import, and warns where a CUDA toolkit finds no GPU
+
+    timer = Timer("step()", globals={"step": step}, num_threads=torch.get_num_threads())
+    return float(timer.timeit(number).median)
+
+
+# ------------------------------------------------------------------------------------------------------------ preparation
+def _copied(name: str, model: nn.Module, device: torch.device, training: bool, channels_last: bool) -> nn.Module:
+    try:
+        copied = copy.deepcopy(model).to(device)
+        copied = copied.to(memory_format=torch.channels_last) if channels_last else copied
+    except Exception as error:
+        raise SqueezeExciteError(f"models[{name!r}]: can't be copied to {device}. {reason_of(error)}") from error
+    return copied.train(training)
+
+
+def _batch(call: Call, batch_size: int, device: torch.device, channels_last: bool) -> Call:
+    """A call with `batch_size` samples, those of `call` over and over."""
+
+    def prepared(tensor: Tensor) -> Tensor:
+        tensor = tensor.detach()
+        if tensor.device.type == "meta":
+            tensor = torch.rand(tensor.shape).to(tensor.dtype)  # integers: zeros
+        if tensor.dim():
+            tensor = tensor[torch.arange(batch_size, device=tensor.device) % len(tensor)]
+        tensor = tensor.to(device)
+        return tensor.contiguous(memory_format=torch.channels_last) if channels_last and tensor.dim() == 4 else tensor
+
+    lengths = [len(leaf) for leaf in tree_leaves(call) if isinstance(leaf, Tensor) and leaf.dim()]
+    if not lengths or not all(lengths):
+        raise SqueezeExciteError(f"example_inputs: expected a tensor with samples in dimension 0, got {describe_call(call)}")
+    return cast("Call", tree_map_only(Tensor, prepared, call))
+
+
+@contextlib.contextmanager
+def _surroundings(device: torch.device, compiles: bool) -> Iterator[None]:
+    """Within, grad mode and generators are the benchmark's own, and `torch.compile` never gives up on a new batch size."""
+    state, cuda = random_state(), [device] if device.type == "cuda" else []
+    with contextlib.ExitStack() as stack:
+        stack.callback(set_random_state, state)
+        stack.enter_context(torch.random.fork_rng(devices=cuda))
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.enable_grad())
+        if cuda:
+            stack.enter_context(torch.cuda.device(device))
+        if compiles:  # beyond its limits it would run eagerly
+            limits = {"recompile_limit": 10**6, "accumulated_recompile_limit": 10**6}
+            stack.enter_context(torch._dynamo.config.patch(limits))
+        yield
+
+
+@contextlib.contextmanager
+def _progress(total: int, shown: bool) -> Iterator[Callable[[], object]]:
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        yield lambda: None
+    else:
+        with tqdm(total=total, desc="bench", unit="timing", leave=False, file=sys.stderr, disable=not shown) as bar:
+            yield bar.update
+
+
+# ----------------------------------------------------------------------------------------------------------------- checks
+def _check(batch_sizes: Any, compiled: Any, autocast: Any, rounds: Any, min_seconds: Any) -> None:
+    if not isinstance(batch_sizes, Sequence) or not batch_sizes or not all(map(_is_count, batch_sizes)):
+        raise SqueezeExciteError(f"batch_sizes={batch_sizes!r}: expected integers >= 1, such as (1, 8)")
+    if compiled not in (False, True, "both"):
+        raise SqueezeExciteError(f'compiled={compiled!r}: expected False, True or "both"')
+    if autocast not in (None, torch.bfloat16, torch.float16):
+        raise SqueezeExciteError(f"autocast={autocast!r}: expected None, torch.bfloat16 or torch.float16")
+    if not _is_count(rounds):
+        raise SqueezeExciteError(f"rounds={rounds!r}: expected an integer >= 1")
+    if not isinstance(min_seconds, (int, float)) or not 0 <= min_seconds < math.inf:
+        raise SqueezeExciteError(f"min_seconds={min_seconds!r}: expected seconds, a number >= 0")
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
+def _named(models: Any) -> dict[str, nn.Module]:
+    if isinstance(models, nn.Module) and plan_of(models) is not None:
+        return {"original": remove(models), "rewritten": models}
+    expected = "expected modules by name, the baseline first, or one model that se_fx.transform returned"
+    if not isinstance(models, Mapping) or not models:
+        raise SqueezeExciteError(f"models={models if models == {} else type(models).__name__}: {expected}")
+    for name, model in models.items():
+        if not isinstance(name, str) or not isinstance(model, nn.Module):
+            raise SqueezeExciteError(f"models: {name!r} is of type {type(model).__name__}; {expected}")
+    return dict(models)
+
+
+def _device(models: Mapping[str, nn.Module], device: Any) -> torch.device:
+    try:
+        found = {t.device for model in models.values() for t in (*model.parameters(), *model.buffers())}
+        chosen = {torch.device(device)} if device is not None else found or {torch.device("cpu")}
+    except (RuntimeError, TypeError) as error:
+        raise SqueezeExciteError(f"device={device!r}: expected such as 'cpu' or 'cuda:0'. {reason_of(error)}") from error
+    if len(chosen) > 1:
+        raise SqueezeExciteError(f"device: the models' tensors are on {', '.join(sorted(map(str, chosen)))}; pass one of these")
+    (where,) = chosen
+    if where.type != "cpu" and not (where.type == "cuda" and torch.cuda.is_available()):
+        raise SqueezeExciteError(f"device={str(where)!r}: expected 'cpu', or a CUDA device that this machine has")
+    return where
+
+
+# ------------------------------------------------------------------------------------------------------------------ words
+def _cells(row: Row) -> list[Any]:
+    times = [f"{1e3 * row.median:,.3f}", _span(row.iqr, 1e3), f"{row.ratio:.3f}", _span(row.ratio_iqr)]
+    return [row.model, row.mode, row.batch_size, *times, f"{row.peak_bytes / 2**20:,.2f}"]
+
+
+def _quartiles(values: tuple[float, ...]) -> tuple[float, float]:
+    if len(values) == 1:
+        return values[0], values[0]
+    first, _, third = statistics.quantiles(values, n=4, method="inclusive")
+    return first, third
+
+
+def _span(quartiles: tuple[float, float], unit: float = 1) -> str:
+    return " to ".join(f"{unit * quartile:,.3f}" for quartile in quartiles)
+
+
+def _processor(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    facts = Path("/proc/cpuinfo")
+    named = re.search(r"^model name\s*: (.+)$", facts.read_text(), re.MULTILINE) if facts.exists() else None
+    return named[1] if named else platform.processor() or platform.machine()
