@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import fx, nn
 
 from se_fx.blocks import BLOCKS, SqueezeExcite2d, latent_width
 from se_fx.capture import Capture, Region
 from se_fx.cost import Cost, measure
-from se_fx.dataflow import attention_convs
+from se_fx.dataflow import attention_convs, modules_of
 from se_fx.errors import SqueezeExciteError
 from se_fx.insertion import CONTAINER, Insertion
 from se_fx.options import Options, Where, matches
@@ -285,10 +285,24 @@ def _spots(capture: Capture, policy: Policy) -> dict[str, tuple[Region, Spot, di
             if policy is PLACEMENTS["conv"]:
                 found[region.path] = region, Spot("", region.module.out_channels, ()), {}
             continue
-        by_graph = {graph: list(policy(graph, region.module)) for graph in set(region.graphs.values())}
+        by_graph = {graph: list(_checked(policy, graph, region.module)) for graph in set(region.graphs.values())}
         for training, graph in region.graphs.items():
             for spot in by_graph[graph]:
                 name = region.qualified(spot.conv)
                 if name not in alone:
                     found.setdefault(name, (region, spot, {}))[2][training] = spot
     return found
+
+
+def _checked(policy: Policy, graph: fx.Graph, module: nn.Module) -> Iterator[Spot]:
+    """What a policy, which may be the caller's, yields."""
+    modules = modules_of(module)
+    for spot in policy(graph, module):
+        is_spot = isinstance(spot, Spot) and isinstance(modules.get(spot.conv), nn.Conv2d) and len(spot.nodes) > 0
+        nodes = (*spot.nodes, *(spot.readers or ())) if is_spot else ()
+        if not is_spot or any(not isinstance(node, fx.Node) or node.graph is not graph for node in nodes):
+            raise SqueezeExciteError(
+                f"placement={policy!r}: expected it to yield Spots, each with the name of a Conv2d and nodes of the graph "
+                f"it was given, and it yielded {spot!r}"
+            )
+        yield spot

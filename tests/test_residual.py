@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torchvision.models import get_model
 
 import se_fx
+from se_fx.placement import Spot
 
 timm = pytest.importorskip("timm")
 
@@ -296,8 +297,6 @@ def test_quantizable_resnets_are_resnets() -> None:
 
 def test_a_policy_of_ones_own() -> None:
     def deep_1x1(graph, root):
-        from se_fx.placement import Spot
-
         for node in graph.nodes:
             module = root.get_submodule(node.target) if node.op == "call_module" else None
             if isinstance(module, nn.Conv2d) and module.kernel_size == (1, 1) and module.in_channels > 3:
@@ -309,3 +308,18 @@ def test_a_policy_of_ones_own() -> None:
     assert {skip.reason for skip in plan.skipped} == {"is not chosen by test_residual.deep_1x1"}
     gm = se_fx.transform(model, plan)
     assert next(key for key in gm.state_dict() if "squeeze_excite" in key).startswith("squeeze_excite.down.")
+
+
+@pytest.mark.parametrize(
+    "policy",
+    [
+        lambda graph, root: ["conv"],
+        lambda graph, root: [Spot("nowhere", 8, tuple(graph.nodes)[1:2])],
+        lambda graph, root: [Spot("norm", 8, tuple(graph.nodes)[1:2])],
+        lambda graph, root: [Spot("a", 8, ())],
+        lambda graph, root: [Spot("a", 8, tuple(torch.fx.symbolic_trace(nn.ReLU()).graph.nodes)[:1])],
+    ],
+)
+def test_policies_that_yield_something_else_are_told(policy) -> None:
+    with pytest.raises(se_fx.SqueezeExciteError, match=r"placement=.*expected it to yield Spots"):
+        se_fx.plan(Unit(UNITS["functional"]), placement=policy)
