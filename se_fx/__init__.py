@@ -4,6 +4,7 @@ from se_fx.bench import Benchmark, bench
 from se_fx.blocks import SqueezeExcite2d
 from se_fx.cost import Cost
 from se_fx.errors import SqueezeExciteError
+from se_fx.gates import GateProfile, SiteGates, profile_gates
 from se_fx.plan import Plan, Site
 from se_fx.report import Report
 from se_fx.roofline import Machine, measure_machine
@@ -13,10 +14,12 @@ from se_fx.transform import apply_squeeze_excite, plan, remove, report, transfor
 __all__ = [
     "Benchmark",
     "Cost",
+    "GateProfile",
     "Machine",
     "Plan",
     "Report",
     "Site",
+    "SiteGates",
     "SqueezeExcite2d",
     "SqueezeExciteError",
     "Suggestion",
@@ -24,6 +27,7 @@ __all__ = [
     "bench",
     "measure_machine",
     "plan",
+    "profile_gates",
     "remove",
     "report",
     "suggest",

@@ -13,7 +13,6 @@ import math
 import platform
 import re
 import statistics
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +27,7 @@ from se_fx.errors import SqueezeExciteError
 from se_fx.fakes import Call, as_call, describe_call
 from se_fx.memory import peak_bytes
 from se_fx.plan import plan_of
+from se_fx.progress import progress_bar
 from se_fx.tracing import random_state, reason_of, set_random_state
 from se_fx.transform import remove
 
@@ -173,7 +173,7 @@ def bench(
     call, where, modes = as_call(example_inputs), _device(named, device), MODES[compiled]
     rows: list[Row] = []
     ticks = len(batch_sizes) * len(named) * len(modes) * (rounds + 1)
-    with _surroundings(where, compiles="compiled" in modes), _progress(ticks, progress) as tick:
+    with _surroundings(where, compiles="compiled" in modes), progress_bar("bench", "timing", ticks, progress) as tick:
         copies = {name: _copied(name, model, where, training, channels_last) for name, model in named.items()}
         runs = {
             (name, mode): cast("nn.Module", torch.compile(model, dynamic=False)) if mode == "compiled" else model
@@ -321,17 +321,6 @@ def _surroundings(device: torch.device, compiles: bool) -> Iterator[None]:
             limits = {"recompile_limit": 10**6, "accumulated_recompile_limit": 10**6}
             stack.enter_context(torch._dynamo.config.patch(limits))
         yield
-
-
-@contextlib.contextmanager
-def _progress(total: int, shown: bool) -> Iterator[Callable[[], object]]:
-    try:
-        from tqdm import tqdm
-    except ImportError:
-        yield lambda: None
-    else:
-        with tqdm(total=total, desc="bench", unit="timing", leave=False, file=sys.stderr, disable=not shown) as bar:
-            yield bar.update
 
 
 # ----------------------------------------------------------------------------------------------------------------- checks
