@@ -37,7 +37,9 @@ def choose(capture: Capture, options: Options) -> Plan:
     if not convs:
         raise SqueezeExciteError(f"model: {type(capture.model).__name__} has no nn.Conv2d for a block to follow")
     spots = {name: spot for name, (_, spot, _) in _spots(capture, _policy(placement, names.callables)).items()}
-    if not spots:
+    there = plan_of(capture.model)
+    taken = {site.name for site in there.sites} if there else set()
+    if not spots and not taken:
         others = " or ".join(repr(name) for name, policy in PLACEMENTS.items() if _spots(capture, policy))
         raise SqueezeExciteError(
             f"placement={placement!r}: the graphs of {type(capture.model).__name__} have no such place; they have for {others}"
@@ -50,8 +52,6 @@ def choose(capture: Capture, options: Options) -> Plan:
     }
     least = _least_channels(options, convs)
     wanted = _wanted(options.where, convs)
-    there = plan_of(capture.model)
-    taken = {site.name for site in there.sites} if there else set()
     elsewhere = ELSEWHERE.get(placement, f"is not chosen by {placement}")
     sites: list[Site] = []
     skipped: list[Skip] = []

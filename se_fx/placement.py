@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from torch import fx, nn
 
 from se_fx.channels import channels
-from se_fx.dataflow import Modules, called, modules_of
+from se_fx.dataflow import Modules, called, inserted, modules_of
 from se_fx.residual import Unit, activation_after, changes_in_place, residual_units
 
 __all__ = ["ELSEWHERE", "PLACEMENTS", "Policy", "Spot", "conv", "identity", "norm", "post", "pre", "residual"]
@@ -128,6 +128,9 @@ def _width_read(value: fx.Node, readers: Iterable[fx.Node], modules: Modules) ->
         module = called(reader, modules)
         if isinstance(module, nn.Conv2d) and reader.args[:1] == (value,):
             return module.in_channels
+        width = _width_read(reader, reader.users, modules) if inserted(reader, modules) else None
+        if width is not None:
+            return width
     return None
 
 

@@ -262,6 +262,17 @@ def test_two_placements_on_one_value_follow_each_other_in_any_order() -> None:
     assert torch.equal(se_fx.transform(model, se_fx.Plan.of(other))(x), expected)
 
 
+@pytest.mark.parametrize("placement", ["residual", "pre", "post", "identity"])
+def test_a_second_transform_finds_the_same_places_beside_hooked_modules(placement: str) -> None:
+    model = Unit(lambda m, x: UNITS["functional"](m, m.down(x)))
+    model.down = nn.Sequential(nn.Conv2d(8, 8, 1))
+    model.down.register_forward_hook(lambda module, args, output: None)
+    gm = se_fx.transform(model, placement=placement, min_channels=1)
+    again = se_fx.transform(gm, placement=placement, min_channels=1)
+    assert again.state_dict().keys() == gm.state_dict().keys()
+    assert {skip.name for skip in se_fx.plan(gm, placement=placement).skipped if "already" in skip.reason} == {"b"}
+
+
 def test_units_that_share_their_modules_share_a_block() -> None:
     model = Unit(lambda m, x: UNITS["functional"](m, UNITS["functional"](m, x)))
     gm = se_fx.transform(model, placement="residual", min_channels=1)
