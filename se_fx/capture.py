@@ -28,7 +28,7 @@ from se_fx.regions import Inserted, clone, constants_of, hooked
 from se_fx.snapshot import Snapshot
 from se_fx.tracing import DRAWS, Tracer, random_state, reason_of, set_random_state
 
-__all__ = ["Capture", "Region", "capture"]
+__all__ = ["Capture", "Region", "capture", "collector_paused"]
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ def capture(model: nn.Module) -> Capture:
         for name in tracing.opaque:
             visit(module.get_submodule(name))
 
-    with _tracing_lock, _collector_paused():
+    with _tracing_lock, collector_paused():
         randomness = random_state()
         try:
             visit(scratch)
@@ -282,7 +282,7 @@ _tracing_lock = threading.RLock()  # one patch of nn.Module at a time
 
 
 @contextlib.contextmanager
-def _collector_paused() -> Iterator[None]:
+def collector_paused() -> Iterator[None]:
     """Graphs are cycles, and hundreds of thousands of objects: the collector would walk them over and over."""
     enabled = gc.isenabled()
     gc.disable()

@@ -10,7 +10,7 @@ from typing import Any, cast
 from torch import Tensor, fx, nn
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
-from se_fx.capture import Capture, Region
+from se_fx.capture import Capture, Region, collector_paused
 from se_fx.errors import SqueezeExciteError
 from se_fx.placement import Spot
 from se_fx.regions import Inserted, add_constants, clone, restore_code, run_graphs, view
@@ -96,15 +96,16 @@ def insert(capture: Capture, insertions: Mapping[str, list[Insertion]]) -> nn.Mo
 
     The root is an `fx.GraphModule` where it was captured as a graph, of the model's own class otherwise.
     """
-    model = clone(capture.model)
-    for region in capture.regions:
-        module = model.get_submodule(region.path)
-        chosen = insertions.get(region.path, [])
-        if region.graphs is None:
-            for insertion in chosen:
-                attach(module, insertion.block)
-        elif chosen or not region.path:
-            _rewrite(module, region, chosen)
+    with collector_paused():
+        model = clone(capture.model)
+        for region in capture.regions:
+            module = model.get_submodule(region.path)
+            chosen = insertions.get(region.path, [])
+            if region.graphs is None:
+                for insertion in chosen:
+                    attach(module, insertion.block)
+            elif chosen or not region.path:
+                _rewrite(module, region, chosen)
     return model
 
 
