@@ -37,8 +37,7 @@ def choose(capture: Capture, options: Options) -> Plan:
     if not convs:
         raise SqueezeExciteError(f"model: {type(capture.model).__name__} has no nn.Conv2d for a block to follow")
     spots = {name: spot for name, (_, spot, _) in _spots(capture, _policy(placement, names.callables)).items()}
-    there = plan_of(capture.model)
-    taken = {site.name for site in there.sites} if there else set()
+    taken = {site.name for site in _there(capture).sites}
     if not spots and not taken:
         others = " or ".join(repr(name) for name, policy in PLACEMENTS.items() if _spots(capture, policy))
         raise SqueezeExciteError(
@@ -108,8 +107,7 @@ def _with_parameters(site: Site, callables: Callables) -> Site:
 
 def fit(plan: Plan, capture: Capture) -> Plan:
     """A plan that was made before, with what it says of the model at hand: what it skips, what was captured how."""
-    there = plan_of(capture.model)
-    taken = {site.name for site in there.sites} if there else set()
+    taken = {site.name for site in _there(capture).sites}
     names = {site.name for site in plan.sites}
     reasons = {skip.name: skip.reason for skip in plan.skipped}
     skipped = (
@@ -123,10 +121,14 @@ def fit(plan: Plan, capture: Capture) -> Plan:
 
 def _with_model(plan: Plan, capture: Capture) -> Plan:
     alone = tuple(region.path for region in capture.regions if region.graphs is None)
-    there = plan_of(capture.model) or Plan(())
-    parameters = sum(parameter.numel() for parameter in capture.model.parameters()) - there.added.params
-    base = Cost(params=parameters)
+    parameters = sum(parameter.numel() for parameter in capture.model.parameters())
+    base = Cost(params=parameters) - Cost(params=_there(capture).added.params)
     return dataclasses.replace(plan, opaque=tuple(capture.opaque.items()), alone=alone, base=base, measured=False)
+
+
+def _there(capture: Capture) -> Plan:
+    """The blocks that the model has already."""
+    return plan_of(capture.model) or Plan(())
 
 
 def _convs(capture: Capture) -> dict[str, nn.Conv2d]:

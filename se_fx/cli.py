@@ -51,7 +51,7 @@ Outcome = tuple[Plan, Any, str]  # the plan, JSON, text
 
 
 def _plan(arguments: argparse.Namespace) -> Outcome:
-    chosen = _chosen(load_model(arguments.model), arguments)
+    chosen = _chosen(load_model(arguments.model), arguments, costs=True)
     return chosen, chosen.to_dict(), str(chosen)
 
 
@@ -117,10 +117,11 @@ def _bench(arguments: argparse.Namespace) -> Outcome:
     return Plan.of(rewritten), result.to_dict(), str(result)
 
 
-def _chosen(model: nn.Module, arguments: argparse.Namespace) -> Plan:
+def _chosen(model: nn.Module, arguments: argparse.Namespace, *, costs: bool = False) -> Plan:
+    """The plan the arguments ask for; with costs only where these are wanted, or a budget needs them."""
     options = {name: getattr(arguments, name) for name in _OPTIONS if getattr(arguments, name) is not None}
     budget = dict(arguments.budget or ())
-    chosen = se_fx.plan(model, example_inputs=_inputs(arguments), **options)
+    chosen = se_fx.plan(model, example_inputs=_inputs(arguments) if costs or budget else None, **options)
     return chosen.within(**budget) if budget else chosen
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from se_fx import charts
-from se_fx.plan import Site, Skip, percent
+from se_fx.plan import Site, percent
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -59,7 +59,7 @@ def _content(report: Report) -> dict[str, Any]:
         "costs": Markup(charts.costs(report)) if report.sites else None,
         "columns": _columns(report),
         "unreached": [site.name for site in report.sites if report.measured and site.spatial is None],
-        "skipped": _by_reason(report.skipped),
+        "skipped": report.skipped_by_reason(),
     }
 
 
@@ -128,12 +128,3 @@ def _spatial(sites: Iterable[Site]) -> _Column:
     sizes = [site.spatial for site in sites]
     texts = [f"{size[0]}\N{MULTIPLICATION SIGN}{size[1]}" if size else _NONE for size in sizes]
     return _Column("Spatial", texts, [float(size[0] * size[1]) if size else -1.0 for size in sizes])
-
-
-# ----------------------------------------------------------------------------------------------------------------- skipped
-def _by_reason(skipped: Iterable[Skip]) -> dict[str, list[Skip]]:
-    """Convs without a block by the reason, in which their own number of channels is left out."""
-    groups: dict[str, list[Skip]] = {}
-    for skip in skipped:
-        groups.setdefault(skip.reason.removeprefix(f"{skip.channels} "), []).append(skip)
-    return groups

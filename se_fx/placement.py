@@ -19,7 +19,6 @@ from dataclasses import dataclass
 
 from torch import fx, nn
 
-from se_fx.channels import channels
 from se_fx.dataflow import Modules, called, inserted, modules_of
 from se_fx.residual import Unit, activation_after, changes_in_place, residual_units
 
@@ -88,12 +87,12 @@ def residual(graph: fx.Graph, root: nn.Module) -> Iterator[Spot]:
 
 def pre(graph: fx.Graph, root: nn.Module) -> Iterator[Spot]:
     """On what each residual branch reads, its shortcut reading the plain value: the paper's SE-PRE."""
-    modules, widths = modules_of(root), channels(graph, root)
+    modules = modules_of(root)
 
     def spots() -> Iterator[Spot]:
         for unit in residual_units(graph, root):
             readers = frozenset(user for user in unit.start.users if user in unit.branch)
-            width = widths.get(unit.start) or _width_read(unit.start, readers, modules)
+            width = unit.start_channels or _width_read(unit.start, readers, modules)
             # Changed in place, the plain value would reach the shortcut changed; scaled, unchanged.
             if width is not None and not any(changes_in_place(reader, modules) for reader in readers):
                 yield Spot(unit.conv, width, (unit.start,), readers)

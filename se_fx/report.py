@@ -124,6 +124,13 @@ class Report:
             added=machine.seconds(each for each in self.operators if each.part is not None),
         )
 
+    def skipped_by_reason(self) -> dict[str, list[Skip]]:
+        """Convs without a block by the reason, in which their own number of channels is left out."""
+        groups: dict[str, list[Skip]] = {}
+        for skip in self.skipped:
+            groups.setdefault(skip.reason.removeprefix(f"{skip.channels} "), []).append(skip)
+        return groups
+
     def table(self) -> str:
         """One row for each site."""
         return site_table(self.sites, self.base if self.measured else None)
@@ -182,11 +189,9 @@ class Report:
     def _skips(self) -> str:
         if not self.skipped:
             return ""
-        by_reason: dict[str, list[str]] = {}
-        for skip in self.skipped:
-            reason = skip.reason.split("output channels ")[-1]
-            by_reason.setdefault(f"output channels {reason}" if reason != skip.reason else reason, []).append(skip.name)
-        rows = [(reason, len(names), _some(names)) for reason, names in by_reason.items()]
+        rows = [
+            (reason, len(skips), _some([skip.name for skip in skips])) for reason, skips in self.skipped_by_reason().items()
+        ]
         return f"Skipped {len(self.skipped)} Conv2d layer{_s(self.skipped)}:\n" + tabulate(rows, ["reason", "layers", "which"])
 
     def _capture(self) -> str:

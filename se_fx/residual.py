@@ -29,6 +29,7 @@ class Unit:
         branch: all nodes of the branch.
         conv: the last Conv2d of the branch.
         channels: of the sum, and of both its operands.
+        start_channels: of `start`; None where that can't be told from what computes it.
     """
 
     start: fx.Node
@@ -38,6 +39,7 @@ class Unit:
     branch: frozenset[fx.Node]
     conv: str
     channels: int
+    start_channels: int | None
 
 
 def residual_units(graph: fx.Graph, root: nn.Module) -> Iterator[Unit]:
@@ -55,6 +57,7 @@ def residual_units(graph: fx.Graph, root: nn.Module) -> Iterator[Unit]:
         return
     attention, small = attention_convs(graph, root), pooled(graph, modules)
     dominators, widths = _immediate_dominators(data), channels(graph, root)
+    convs = [node for node in graph.nodes if isinstance(called(node, modules), nn.Conv2d) and node.target not in attention]
     at_one_resolution = {node for node in data if not _upsamples(node, modules)}
     for add in adds:
         operands, start = _operands(add, data), dominators[add]
@@ -63,14 +66,13 @@ def residual_units(graph: fx.Graph, root: nn.Module) -> Iterator[Unit]:
         ways = [_way(start, operand, data) for operand in operands]
         if ways[0] & ways[1] or _splits(start, ways[0] | ways[1]):
             continue
-        convs = [[str(n.target) for n in graph.nodes if n in way and isinstance(called(n, modules), nn.Conv2d)] for way in ways]
-        convs = [[name for name in names if name not in attention] for names in convs]
-        longer = int(len(convs[1]) > len(convs[0]))
+        names = [[str(conv.target) for conv in convs if conv in way] for way in ways]
+        longer = int(len(names[1]) > len(names[0]))
         branch, shortcut = ways[longer], ways[1 - longer]
         width = next((widths[node] for node in (add, *operands) if node in widths), None)
         is_unit = (
             width is not None
-            and len(convs[longer]) > len(convs[1 - longer])
+            and len(names[longer]) > len(names[1 - longer])
             and not _leaks(branch, add, data)
             and any(_is_nonlinear(node, modules) for node in branch)
             and not any(_is_nonlinear(node, modules) and not inserted(node, modules) for node in shortcut)
@@ -79,7 +81,7 @@ def residual_units(graph: fx.Graph, root: nn.Module) -> Iterator[Unit]:
         end = _before_scaling(operands[longer], branch, data, modules)
         if is_unit and not _is_scaled_by_attention(end, small, data):
             assert width is not None
-            yield Unit(start, end, operands[1 - longer], add, branch, convs[longer][-1], width)
+            yield Unit(start, end, operands[1 - longer], add, branch, names[longer][-1], width, widths.get(start))
 
 
 _ADDS = {operator.add, operator.iadd, torch.add, "add", "add_"}
