@@ -28,7 +28,7 @@ from se_fx.regions import Inserted, clone, constants_of, hooked
 from se_fx.snapshot import Snapshot
 from se_fx.tracing import DRAWS, Tracer, random_state, reason_of, set_random_state
 
-__all__ = ["Capture", "Region", "capture", "collector_paused"]
+__all__ = ["Capture", "Region", "capture", "collector_paused", "is_foreign"]
 
 
 @dataclass(frozen=True)
@@ -75,28 +75,34 @@ class Capture:
     opaque: dict[str, str]
 
 
-def capture(model: nn.Module) -> Capture:
+def capture(model: nn.Module, *, finely: bool = False) -> Capture:
     """Capture `model` in as few regions as it allows. The model is left as it is.
+
+    Args:
+        model: any module.
+        finely: look into all modules that aren't PyTorch's own: normalisation and attention of others, subclasses of
+            `nn.Conv2d`, inserted blocks. Otherwise only into those that hold a Conv2d.
 
     Raises:
         SqueezeExciteError: `model` is not an `nn.Module`, or is wrapped, compiled, scripted or not initialised yet.
     """
     _check(model)
     scratch = clone(model)
-    conv_holders = _conv_holders(scratch)
+    entered = set(filter(is_foreign, scratch.modules())) if finely else _conv_holders(scratch)
     names = {id(module): name for name, module in scratch.named_modules()}
     regions: list[Region] = []
     opaque: dict[str, str] = {}
 
     def visit(module: nn.Module) -> None:
         path = names[id(module)]
-        if module not in conv_holders or path in {region.path for region in regions}:
+        if path in {region.path for region in regions}:
             return
         if isinstance(module, nn.Conv2d):
             regions.append(Region(path, module, None))
+        if module not in entered or isinstance(module, nn.Conv2d):
             return
         try:
-            tracing = _Tracing(module, conv_holders)
+            tracing = _Tracing(module, entered)
             region = Region(path, module, tracing.graphs(), tracing.constants)
         except Untraceable as untraceable:
             opaque[path] = str(untraceable)
@@ -146,14 +152,14 @@ class Untraceable(Exception):
 class _Tracing:
     """Traces one module in both modes, retrying with ever more of its submodules opaque until all is faithful."""
 
-    def __init__(self, module: nn.Module, conv_holders: set[nn.Module]) -> None:
+    def __init__(self, module: nn.Module, entered: set[nn.Module]) -> None:
         self.module = module
-        self.conv_holders = conv_holders
+        self.entered = entered
         self.opaque: dict[str, str] = {}
         self.constants = constants_of(module)
         self.called: set[str] = set()
         for name, child in module.named_modules():
-            if child is module or child not in conv_holders or isinstance(child, nn.Conv2d):
+            if child is module or child not in entered:
                 continue
             if hooked(child):
                 self.opaque[name] = "has hooks, which a graph would drop"
@@ -182,7 +188,7 @@ class _Tracing:
         if "forward" in self.module.__dict__:
             raise Untraceable("its forward was replaced on the instance", self.called)
         snapshot = Snapshot(self._inlined(), training)
-        tracer = Tracer(self.opaque, self.conv_holders, defaults, watch)
+        tracer = Tracer(self.opaque, self.entered, defaults, watch)
         randomness = random_state()
         try:
             graph = tracer.trace(self.module)
@@ -208,9 +214,7 @@ class _Tracing:
         return {
             name: module
             for name, module in self.module.named_modules()
-            if module in self.conv_holders
-            and not isinstance(module, nn.Conv2d)
-            and not any(name == outer or name.startswith(outer + ".") for outer in self.opaque)
+            if module in self.entered and not any(name == outer or name.startswith(outer + ".") for outer in self.opaque)
         }
 
     def _keep(self, made: dict[str, Tensor], graph: fx.Graph, mode: str) -> None:
@@ -294,17 +298,24 @@ def collector_paused() -> Iterator[None]:
 
 
 def _conv_holders(model: nn.Module) -> set[nn.Module]:
-    """All modules that are or hold an `nn.Conv2d`."""
+    """All modules that hold an `nn.Conv2d`."""
     holders: set[nn.Module] = set()
 
     def holds(module: nn.Module) -> bool:
+        if isinstance(module, nn.Conv2d):
+            return True
         found = [holds(child) for child in module.children() if not isinstance(child, Inserted)]
-        if isinstance(module, nn.Conv2d) or any(found):
+        if any(found):
             holders.add(module)
         return module in holders
 
     holds(model)
     return holders
+
+
+def is_foreign(module: nn.Module) -> bool:
+    """Whether a module's code isn't PyTorch's own."""
+    return isinstance(module, nn.Sequential) or not type(module).forward.__module__.startswith("torch.nn")
 
 
 _WRAPPERS = ("DistributedDataParallel", "DataParallel", "FullyShardedDataParallel", "OptimizedModule")

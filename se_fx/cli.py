@@ -6,13 +6,13 @@ import argparse
 import json
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
 
 import se_fx
-from se_fx import Plan, SqueezeExciteError
+from se_fx import Plan, Report, SqueezeExciteError
 from se_fx.loading import load_model
 
 __all__ = ["main"]
@@ -57,7 +57,7 @@ def _plan(arguments: argparse.Namespace) -> Outcome:
 
 def _report(arguments: argparse.Namespace) -> Outcome:
     model = load_model(arguments.model)
-    report = se_fx.report(se_fx.transform(model, _chosen(model, arguments)), _inputs(arguments))
+    report = cast("Report", se_fx.report(se_fx.transform(model, _chosen(model, arguments)), _inputs(arguments)))
     result, text = report.to_dict(), str(report)
     if arguments.roofline and not report.measured:
         raise SqueezeExciteError("--roofline: costs are needed; give the shape of an input, such as --input 1,3,224,224")

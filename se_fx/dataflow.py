@@ -12,7 +12,7 @@ from torch import fx, nn
 
 from se_fx.regions import Inserted
 
-__all__ = ["Modules", "attention_convs", "called", "inserted", "live", "modules_of", "pooled"]
+__all__ = ["Modules", "attention_convs", "called", "describes", "inserted", "live", "modules_of", "pooled", "pools_globally"]
 
 Modules = Mapping[str, nn.Module]  # by qualified name
 
@@ -37,12 +37,12 @@ def live(graph: fx.Graph) -> set[fx.Node]:
     """Values computed from the graph's inputs, as opposed to parameters, constants, noise, and sizes of things."""
     found: set[fx.Node] = set()
     for node in graph.nodes:
-        if node.op == "placeholder" or (not _describes(node) and any(source in found for source in node.all_input_nodes)):
+        if node.op == "placeholder" or (not describes(node) and any(source in found for source in node.all_input_nodes)):
             found.add(node)
     return found
 
 
-def _describes(node: fx.Node) -> bool:
+def describes(node: fx.Node) -> bool:
     """Whether a node says how large, of what kind or where its input is, or makes another tensor like it."""
     if node.target is getattr:
         return node.args[1] not in ("T", "mT", "data")
@@ -56,7 +56,7 @@ def pooled(graph: fx.Graph, modules: Modules) -> set[fx.Node]:
     data = live(graph)
     for node in graph.nodes:
         sources = [source for source in node.all_input_nodes if source in data]
-        if _pools_globally(node, modules) or (sources and all(source in found for source in sources)):
+        if pools_globally(node, modules) or (sources and all(source in found for source in sources)):
             found.add(node)
     return found
 
@@ -99,7 +99,7 @@ def _merges(node: fx.Node) -> bool:
     return node.op in ("call_function", "call_method") and node.target in _MERGES
 
 
-def _pools_globally(node: fx.Node, modules: Modules) -> bool:
+def pools_globally(node: fx.Node, modules: Modules) -> bool:
     """Whether a node averages (or maximises, or sums) over all of H and W."""
     module = called(node, modules)
     if module is not None:

@@ -14,9 +14,9 @@ from se_fx.capture import Capture, Region, collector_paused
 from se_fx.errors import SqueezeExciteError
 from se_fx.placement import Spot
 from se_fx.regions import Inserted, add_constants, clone, restore_code, run_graphs, view
-from se_fx.tracing import Tracer
+from se_fx.tracing import TRACED_HOOKS, Tracer
 
-__all__ = ["CONTAINER", "InsertBlocks", "Insertion", "attach", "blocks_of", "insert", "withdraw"]
+__all__ = ["CONTAINER", "InsertBlocks", "Insertion", "attach", "blocks_of", "copied_graph", "insert", "withdraw"]
 
 #: The child of a region that holds the blocks inserted there, and of a lone Conv2d that is its block.
 CONTAINER = "squeeze_excite"
@@ -133,6 +133,11 @@ def _rewrite(module: nn.Module, region: Region, insertions: list[Insertion]) -> 
     run_graphs(module, by_mode, as_graph_module=not region.path)
 
 
+def copied_graph(graph: fx.Graph) -> fx.Graph:
+    """The same nodes again, over the same modules."""
+    return _copied(graph)[0]
+
+
 def _copied(graph: fx.Graph) -> tuple[fx.Graph, dict[fx.Node, fx.Node]]:
     copied = fx.Graph(tracer_cls=Tracer)
     twin: dict[fx.Node, fx.Node] = {}
@@ -206,3 +211,6 @@ def attach(conv: nn.Module, block: nn.Module) -> None:
 
 def _excite(conv: nn.Module, args: Any, output: Tensor) -> Tensor:
     return conv.get_submodule(CONTAINER)(output)  # type: ignore[no-any-return]
+
+
+TRACED_HOOKS.add(_excite)

@@ -23,23 +23,24 @@ import torch.utils.checkpoint
 from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 
-__all__ = ["DRAWS", "Tracer", "random_state", "reason_of", "set_random_state"]
+__all__ = ["DRAWS", "TRACED_HOOKS", "Tracer", "has_traced_hooks", "random_state", "reason_of", "set_random_state"]
 
 _CHECKPOINT = torch.utils.checkpoint.checkpoint
 _CHECKPOINTS = "checkpoints activations, which a graph would drop"
 DRAWS = "draws random numbers that a graph would freeze"
+#: Forward hooks that are looked into where their modules' children are.
+TRACED_HOOKS: set[Callable[..., Any]] = set()
 
 
 class Tracer(fx.Tracer):
     """A tracer that records what `fx.Tracer` silently drops, and leaves alone what it can't record.
 
-    Leaves are every `nn.Conv2d`, subclasses included, and every module that holds none: normalisation, attention and
-    drop-path modules stay whole, and so keep their buffers, hooks and modes. When the code of a submodule raises, that
-    submodule (the innermost) turns opaque and tracing goes on.
+    Leaves are all modules but those to be looked into; they stay whole, and so keep their buffers, hooks and modes. When
+    the code of a submodule raises, that submodule (the innermost) turns opaque and tracing goes on.
 
     Args:
         opaque: submodules to keep as `call_module`, by qualified name, with the reason. `self.opaque` gains those found.
-        conv_holders: all modules that are or hold an `nn.Conv2d`; None for every module to be a leaf.
+        entered: all modules whose code is to be looked into; None for every module to be a leaf.
         inputs: values for the code to see in place of the root's arguments of these names.
         watch_randomness: have submodules turn opaque whose code draws random numbers other than as tensors' values.
     """
@@ -49,13 +50,13 @@ class Tracer(fx.Tracer):
     def __init__(
         self,
         opaque: dict[str, str] | None = None,
-        conv_holders: set[nn.Module] | None = None,
+        entered: set[nn.Module] | None = None,
         inputs: dict[str, Any] | None = None,
         watch_randomness: bool = False,
     ) -> None:
         super().__init__(autowrap_functions=(_CHECKPOINT,))
         self.opaque = dict(opaque or {})
-        self.conv_holders = conv_holders or set()
+        self.entered = entered or set()
         self.inputs = inputs or {}
         self.watch_randomness = watch_randomness
         self.called: set[str] = set()
@@ -68,7 +69,7 @@ class Tracer(fx.Tracer):
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         """Whether calls of `m` are recorded rather than looked into."""
-        return isinstance(m, nn.Conv2d) or m not in self.conv_holders or module_qualified_name in self.opaque
+        return m not in self.entered or module_qualified_name in self.opaque
 
     def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Record or look into one call; a module whose code raises is recorded after all."""
@@ -79,7 +80,11 @@ class Tracer(fx.Tracer):
         if self.is_leaf_module(m, name):
             if type(m).__call__ is not nn.Module.__call__ and not isinstance(m, fx.GraphModule):
                 raise self.refuse(f"calls a {type(m).__name__}, whose __call__ is its own")
-            return super().call_module(m, forward, args, kwargs)
+            output = super().call_module(m, forward, args, kwargs)
+            through = any(child in self.entered for child in m.children()) and has_traced_hooks(m)
+            for hook in m._forward_hooks.values() if through else ():
+                output = hook(m, args, output)
+            return output
         stack, randomness = self.module_stack.copy(), random_state() if self.watch_randomness else None
         try:
             result = super().call_module(m, forward, args, kwargs)
@@ -114,7 +119,7 @@ class Tracer(fx.Tracer):
             if a.node.graph is not self.graph:
                 raise self.refuse("uses a value of an earlier call")
             return a.node
-        if isinstance(a, nn.Module) and a in self.conv_holders:
+        if isinstance(a, nn.Module) and (a in self.entered or isinstance(a, nn.Conv2d)):
             raise fx.proxy.TraceError(f"passes a {type(a).__name__} on to a function, which a graph can't look into")
         if type(a) is collections.OrderedDict:
             return self.create_node("call_function", type(a), ([(k, self.create_arg(v)) for k, v in a.items()],), {})
@@ -167,7 +172,7 @@ class Tracer(fx.Tracer):
     def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
         """Trace `root`; see `fx.Tracer.trace`."""
         present = set(root.__dict__)
-        tensors = (*root.parameters(), *root.buffers()) if self.conv_holders else ()
+        tensors = (*root.parameters(), *root.buffers()) if self.entered else ()
         self.own_tensors = {id(tensor) for tensor in tensors}
         with torch.enable_grad():
             self._ambient = _ambient()
@@ -353,6 +358,11 @@ def set_random_state(state: tuple[Any, ...]) -> None:
     if name:
         numpy = sys.modules["numpy"]
         numpy.random.set_state((name, numpy.frombuffer(keys, dtype=numpy.uint32), *rest))
+
+
+def has_traced_hooks(module: nn.Module) -> bool:
+    """Whether a module has hooks, and all of them are to be looked into."""
+    return bool(module._forward_hooks) and set(module._forward_hooks.values()) <= TRACED_HOOKS
 
 
 def reason_of(error: BaseException) -> str:

@@ -17,6 +17,7 @@ from se_fx.choosing import choose, fit, locate, new_block
 from se_fx.cost import Cost, Measurement, measure
 from se_fx.errors import SqueezeExciteError
 from se_fx.insertion import CONTAINER, attach, blocks_of, insert, withdraw
+from se_fx.optimization import Optimization, optimization_of
 from se_fx.optimizers import Joining, as_optimizers
 from se_fx.options import BlockFactory, Function, Options, Overrides, Where
 from se_fx.placement import Policy
@@ -155,17 +156,20 @@ def plan(
     return _costed(trial, example_inputs)[0]
 
 
-def report(rewritten: nn.Module, example_inputs: Any = None) -> Report:
-    """What `transform` (or `apply_squeeze_excite`) did to a model, and what that costs.
+def report(rewritten: nn.Module, example_inputs: Any = None) -> Report | Optimization:
+    """What `transform`, `apply_squeeze_excite` or `optimize_for_inference` did to a model, and what that costs or saves.
 
     Args:
         rewritten: what `transform` returned, or a copy of it.
         example_inputs: a tensor, a tuple of positional or a dict of keyword arguments. With them, MACs, FLOPs, bytes and
-            spatial sizes are counted on fake tensors; without, parameters alone.
+            spatial sizes are counted on fake tensors; without, parameters alone. An optimised model's savings were counted
+            when it was made.
 
     Raises:
         SqueezeExciteError: the model isn't a rewritten one, or can't be called with `example_inputs`.
     """
+    if isinstance(rewritten, nn.Module) and (optimization := optimization_of(rewritten)) is not None:
+        return optimization
     known, everything, kept = Plan.of(rewritten), Measurement(), None
     if example_inputs is not None:
         known, everything = _costed(rewritten, example_inputs)

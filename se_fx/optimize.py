@@ -1,0 +1,204 @@
+"""Optimisation for inference: a model's eval graphs, rewritten so that Squeeze-and-Excitation costs little."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import difflib
+from collections.abc import Iterable, Mapping
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
+
+from se_fx.algebra import Algebra
+from se_fx.capture import Capture, capture, collector_paused, is_foreign
+from se_fx.cost import measure
+from se_fx.dataflow import called, modules_of
+from se_fx.errors import SqueezeExciteError
+from se_fx.fakes import Call, as_call, faked
+from se_fx.insertion import copied_graph, withdraw
+from se_fx.optimization import Optimization, Step, give_optimization, optimization_of
+from se_fx.plan import give_plan
+from se_fx.regions import GraphRegion, add_constants, clone, hooked, own_class, restore_code, run_graphs, view
+from se_fx.rewrites import REWRITES, Change, Rewrite
+from se_fx.tracing import Tracer, has_traced_hooks
+
+__all__ = ["optimize_for_inference"]
+
+
+def optimize_for_inference(model: nn.Module, example_inputs: Any = None, *, rewrites: Iterable[str] | None = None) -> nn.Module:
+    """A copy of `model` for inference, in which Squeeze-and-Excitation costs little. The model itself is left as it is.
+
+    Works on se_fx's blocks and on those of others, recognised by what they compute: an average over space, a few layers, a
+    product with the feature map. All else runs as before. The copy shares the tensors that no rewrite changes, is in
+    eval mode for good, and has weights as they are at the time of this call. Outputs are those of the model up to rounding:
+    ``torch.allclose(rtol=1e-3, atol=1e-5)`` in float32; in bfloat16 weights are rounded once more, by 2^-9 of their value.
+
+    The rewrites, in their order (`se_fx.rewrites.REWRITES`):
+
+    - ``constant_gates``: gates that are the same for every input become factors, or vanish;
+    - ``fold_norms``: norms with fixed statistics go into the convolutions before them; behind a block, into its gate;
+    - ``hoist_squeezes``: gates are computed from the input of the pointwise convolution before them, where that is narrower;
+    - ``vector_products``: gates' layers become products of vectors and matrices, written out for small batches when compiled;
+    - ``fuse_scales``: feature maps are scaled and added in one operator, or scaled in place.
+
+    ``print(se_fx.report(optimized))`` tells what was done where, and why not elsewhere.
+
+    Args:
+        model: any module in eval mode, not yet compiled, scripted or wrapped.
+        example_inputs: a tensor, a tuple of positional or a dict of keyword arguments. With them, the report counts what is
+            saved, and squeezes are hoisted where only the size of images tells whether that pays. Nothing is computed on them.
+        rewrites: names of the rewrites to apply; None for all.
+
+    Raises:
+        SqueezeExciteError: the model is in training mode, or an argument is not what is expected.
+
+    >>> net = nn.Sequential(nn.Conv2d(8, 32, 1), nn.BatchNorm2d(32), SqueezeExcite2d(32)).eval()
+    >>> print(optimize_for_inference(net).code.strip())
+    """
+    chosen = _chosen(rewrites)
+    if isinstance(model, nn.Module) and model.training:
+        raise SqueezeExciteError("model is in training mode: call model.eval() first; an optimised model can't be trained")
+    if example_inputs is not None:
+        as_call(example_inputs)
+    captured = capture(model, finely=True)
+    if optimization_of(model) is not None:
+        return clone(model)
+    with collector_paused():
+        return _optimized(captured, chosen, example_inputs)
+
+
+def _chosen(rewrites: Iterable[str] | None) -> dict[str, Rewrite]:
+    if isinstance(rewrites, str):
+        raise SqueezeExciteError(f"rewrites={rewrites!r}: expected names in a list, such as [{rewrites!r}]")
+    names = list(REWRITES) if rewrites is None else list(rewrites)
+    for name in names:
+        if name not in REWRITES:
+            close = difflib.get_close_matches(str(name), REWRITES, n=1)
+            hint = f"did you mean {close[0]!r}?" if close else f"expected some of {', '.join(map(repr, REWRITES))}"
+            raise SqueezeExciteError(f"rewrites: there is no {name!r}; {hint}")
+    return {name: rewrite for name, rewrite in REWRITES.items() if name in names}
+
+
+def _optimized(captured: Capture, rewrites: dict[str, Rewrite], example_inputs: Any) -> nn.Module:
+    base = clone(captured.model)
+    give_plan(base, None)
+    views: dict[str, fx.GraphModule] = {}
+    for region in captured.regions:
+        if region.graphs is not None:
+            module = base.get_submodule(region.path)
+            restore_code(module)
+            add_constants(module, region.constants)
+            views[region.path] = view(module, copied_graph(region.graphs[False]))
+            _strip(views[region.path])
+    cost = None
+    if example_inputs is not None:
+        cost = measure(captured.model, example_inputs).total
+        if "" in views:
+            _note_sizes(views[""], as_call(example_inputs))
+    before, steps = cost, []
+    for name, rewrite in rewrites.items():
+        changes = [change for path, region in views.items() for change in _rewritten(rewrite, region, path)]
+        saved = None
+        if cost is not None:
+            after = measure(_assembled(base, views), example_inputs).total
+            saved, cost = cost - after, after
+        steps.append(Step(name, tuple(changes), saved))
+    optimized = _assembled(base, views)
+    opaque = tuple(captured.opaque.items())
+    give_optimization(optimized, Optimization(own_class(captured.model).__name__, tuple(steps), before, opaque))
+    return optimized
+
+
+def _rewritten(rewrite: Rewrite, region: fx.GraphModule, path: str) -> list[Change]:
+    """Apply one rewrite to one region, in place; places are named as in the model."""
+    changes = [dataclasses.replace(change, place=f"{path}.{change.place}".lstrip(".")) for change in rewrite(Algebra(region))]
+    region.graph.lint()
+    return changes
+
+
+# ------------------------------------------------------------------------------------------------------------ preparation
+def _strip(region: fx.GraphModule) -> None:
+    """Take out what does nothing in eval mode, and the hooks of convs whose blocks are in the graph as nodes."""
+    modules = modules_of(region)
+    for node in list(region.graph.nodes):
+        module = called(node, modules)
+        if isinstance(module, _IDLE) and not hooked(module) and not module.training and len(node.all_input_nodes) == 1:
+            node.replace_all_uses_with(node.all_input_nodes[0])
+            region.graph.erase_node(node)
+        elif module is not None and has_traced_hooks(module) and any(map(is_foreign, module.children())):
+            plain = clone(module)
+            withdraw(plain)
+            region.add_submodule(f"{node.target}_plain", plain)
+            node.target = f"{node.target}_plain"
+
+
+_IDLE = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
+
+
+class _Sizes(fx.Interpreter):
+    """Notes the batch, height and width of every feature map at its node."""
+
+    def run_node(self, n: fx.Node) -> Any:
+        result = super().run_node(n)
+        if isinstance(result, Tensor) and result.ndim == 4:
+            n.meta["size"] = (result.shape[0], result.shape[2], result.shape[3])
+        return result
+
+
+def _note_sizes(region: fx.GraphModule, call: Call) -> None:
+    """Run the model's own region on fake tensors, as far as that is possible without values."""
+    with contextlib.suppress(DataDependentOutputException, DynamicOutputShapeException), faked(region, call) as (fake, inputs):
+        args, kwargs = inputs
+        names = [str(node.target) for node in region.graph.nodes if node.op == "placeholder"]
+        values = [*args, *(kwargs[name] for name in names[len(args) :] if name in kwargs)]
+        with torch.no_grad():
+            _Sizes(fake, garbage_collect_values=False, graph=region.graph).run(*values)
+
+
+# --------------------------------------------------------------------------------------------------------------- assembly
+def _assembled(base: nn.Module, views: Mapping[str, fx.GraphModule]) -> nn.Module:
+    """A copy of `base` whose regions run the graphs of `views` in eval mode, and refuse to run in training."""
+    model = clone(base)
+    for path, region in views.items():
+        module = model.get_submodule(path)
+        graph = copied_graph(region.graph)
+        for node in graph.nodes:
+            _bring(module, region, node)
+        evaluate, train = view(module, graph), view(module, _refusal(graph))
+        run_graphs(module, {False: evaluate, True: train}, as_graph_module=not path)
+        if isinstance(module, GraphRegion) and not isinstance(module, own_class(module)):
+            module.delete_all_unused_submodules()
+    return model
+
+
+def _bring(module: nn.Module, region: fx.GraphModule, node: fx.Node) -> None:
+    """Give `module` what a node of a rewritten graph refers to, if it hasn't got it."""
+    path, _, name = str(node.target).rpartition(".")
+    if node.op == "call_module" and name not in module.get_submodule(path)._modules:
+        module.get_submodule(path).add_module(name, region.get_submodule(str(node.target)))
+    elif node.op == "get_attr" and not path and not hasattr(module, name):
+        module.register_buffer(name, region.get_buffer(name))
+
+
+def _refusal(graph: fx.Graph) -> fx.Graph:
+    """A graph of the same inputs that raises."""
+    refusal = fx.Graph(tracer_cls=Tracer)
+    for node in graph.nodes:
+        if node.op == "placeholder":
+            refusal.node_copy(node)
+    refusal.output(refusal.call_function(refuse_training))
+    return refusal
+
+
+def refuse_training() -> NoReturn:
+    """What an optimised model runs in training mode.
+
+    Raises:
+        SqueezeExciteError: always.
+    """
+    raise SqueezeExciteError(
+        "this model was optimised for inference, and can't be trained: call .eval(), or train the model it was made from"
+    )

@@ -1,0 +1,60 @@
+"""Products of gates' vectors and matrices, in the form that is faster for the batch at hand."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+__all__ = ["VectorLinear", "few"]
+
+
+class VectorLinear(nn.Module):
+    """A linear layer for the few, short vectors of a gate.
+
+    One library call costs more than the arithmetic of a gate at small batches. Under `torch.compile`, products of up to
+    `few` vectors are written out as multiplications and sums, which the compiler fuses with the averaging before and
+    the activation after them. All others, and all in eager mode, in ONNX, and in graphs exported with a dynamic batch, are
+    one library call.
+
+    Args:
+        weight: (O, I).
+        bias: (O,), or None.
+
+    Attributes:
+        few: the largest batch for which products are written out.
+
+    Shape: (N, I) to (N, O), or (N, I, 1, 1) to (N, O, 1, 1).
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+        self.few = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Multiply each sample's vector by the matrix, and add the bias."""
+        vectors = x.flatten(1)
+        if torch.compiler.is_compiling() and self._are_few(vectors):
+            product = (vectors[:, None, :] * self.weight).sum(-1)
+            product = product if self.bias is None else product + self.bias
+        else:
+            product = F.linear(vectors, self.weight, self.bias)
+        return product if x.ndim == 2 else product[:, :, None, None]
+
+    def _are_few(self, vectors: Tensor) -> bool:
+        batch = vectors.shape[0]
+        if torch.compiler.is_exporting() and (torch.onnx.is_in_onnx_export() or not isinstance(batch, int)):
+            return False  # to choose by a dynamic batch would fix it in the graph
+        return bool(batch <= self.few)
+
+    def extra_repr(self) -> str:
+        """The layer's numbers, for `repr`."""
+        out_features, in_features = self.weight.shape
+        return f"{in_features}, {out_features}, bias={self.bias is not None}, few={self.few}"
+
+
+def few(weight: Tensor) -> int:
+    """The largest batch for which multiplying and adding beats a library's product with (O, I)."""
+    return 4
