@@ -219,7 +219,9 @@ class Algebra:
 
     def gate_nodes(self) -> set[fx.Node]:
         """All vectors that gates are computed from, gates included."""
-        open_ends, found = [scale.gate for scale in self.scales()], set()
+        open_ends: list[Any] = [scale.gate for scale in self.scales()]
+        open_ends += [self._gate(node.args[2]) for node in self.graph.nodes if node.target is torch.addcmul]
+        found: set[fx.Node] = set()
         while open_ends:
             node = open_ends.pop()
             if node in self.vectors and node not in found:
@@ -261,15 +263,20 @@ class Algebra:
 
     def is_written(self, value: fx.Node, before: fx.Node) -> bool:
         """Whether a value may be changed in place, under any of its names, before a later node reads it."""
-        names, open_ends = {value}, [value]
+        return any(changes_in_place(user, self.modules) and user < before for user in self._users_by_any_name(value))
+
+    def is_read_after(self, value: fx.Node, last: fx.Node) -> bool:
+        """Whether anyone reads a value, under any of its names, after a node that does."""
+        return any(user > last and not describes(user) for user in self._users_by_any_name(value, last))
+
+    def _users_by_any_name(self, value: fx.Node, *without: fx.Node) -> Iterator[fx.Node]:
+        names, open_ends = {value, *without}, [value]
         while open_ends:
             for user in open_ends.pop().users:
+                yield user
                 if user not in names and (_is_view(user) or changes_in_place(user, self.modules)):
-                    if changes_in_place(user, self.modules) and user < before:
-                        return True
                     names.add(user)
                     open_ends.append(user)
-        return False
 
     def is_reshape(self, node: fx.Node) -> bool:
         """Whether a node only gives a vector another shape."""
@@ -291,7 +298,7 @@ class Algebra:
         module = called(node, self.modules)
         if module is None:
             return node.target in _ALLOCATING
-        return isinstance(module, (nn.Conv2d, _BatchNorm, *_ACTIVATIONS)) and not hooked(module)
+        return isinstance(module, (nn.Conv2d, nn.Linear, VectorLinear, _BatchNorm, *_ACTIVATIONS)) and not hooked(module)
 
 
 # --------------------------------------------------------------------------------------------------------------- helpers
@@ -304,7 +311,9 @@ _VIEWS = frozenset(
 
 _CASTS = ("to", "type", "float")
 _ACTIVATIONS = (nn.ReLU, nn.SiLU, nn.Hardswish, nn.ReLU6, nn.GELU)
-_ALLOCATING: frozenset[Any] = frozenset({F.conv2d, F.batch_norm, F.relu, F.silu, F.hardswish, F.relu6, F.gelu, torch.addcmul})
+_ALLOCATING: frozenset[Any] = frozenset(
+    {F.conv2d, F.linear, F.batch_norm, F.relu, F.silu, F.hardswish, F.relu6, F.gelu, torch.addcmul}
+)
 
 
 def _casts(node: fx.Node) -> bool:

@@ -315,7 +315,8 @@ def _conv_holders(model: nn.Module) -> set[nn.Module]:
 
 def is_foreign(module: nn.Module) -> bool:
     """Whether a module's code isn't PyTorch's own."""
-    return isinstance(module, nn.Sequential) or not type(module).forward.__module__.startswith("torch.nn")
+    home = type(module).forward.__module__ or ""  # the code of an fx.GraphModule has none
+    return isinstance(module, nn.Sequential) or not home.startswith("torch.nn")
 
 
 _WRAPPERS = ("DistributedDataParallel", "DataParallel", "FullyShardedDataParallel", "OptimizedModule")

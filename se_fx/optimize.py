@@ -186,14 +186,14 @@ def _bring(module: nn.Module, region: fx.GraphModule, node: fx.Node) -> None:
 def _refusal(graph: fx.Graph) -> fx.Graph:
     """A graph of the same inputs that raises."""
     refusal = fx.Graph(tracer_cls=Tracer)
-    for node in graph.nodes:
-        if node.op == "placeholder":
-            refusal.node_copy(node)
-    refusal.output(refusal.call_function(refuse_training))
+    inputs = [refusal.node_copy(node) for node in graph.nodes if node.op == "placeholder"]
+    call = refusal.call_function(refuse_training, tuple(inputs))
+    call.meta["is_wrapped"] = True  # so that loading a pickle, which traces the code again, doesn't run it
+    refusal.output(call)
     return refusal
 
 
-def refuse_training() -> NoReturn:
+def refuse_training(*inputs: Any) -> NoReturn:
     """What an optimised model runs in training mode.
 
     Raises:

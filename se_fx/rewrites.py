@@ -260,7 +260,7 @@ def fuse_scales(algebra: Algebra) -> Iterator[Change]:
             yield Change(place, True, "with the sum that reads it")
         elif changes_in_place(scale.node, algebra.modules):
             continue
-        elif algebra.is_own(scale.value) and all(other < scale.node for other in _all_readers(algebra, scale)):
+        elif algebra.is_own(scale.value) and not algebra.is_read_after(scale.value, scale.node):
             with algebra.graph.inserting_before(scale.node):
                 new = algebra.graph.call_method("mul_", (scale.value, scale.gate))
             _replace(algebra, scale.node, new)
@@ -274,10 +274,6 @@ def _adds(algebra: Algebra, reader: fx.Node, scale: Scale) -> bool:
     own = not changes_in_place(reader, algebra.modules) or reader.args[0] is scale.node
     both = algebra.adds(reader) and len(set(reader.args)) == 2
     return both and own and all(algebra.maps.get(each) == algebra.maps[scale.node] for each in reader.all_input_nodes)
-
-
-def _all_readers(algebra: Algebra, scale: Scale) -> list[fx.Node]:
-    return [reader for reader in algebra.readers(scale.value) if reader is not scale.node]
 
 
 #: All rewrites by name, in the order they are applied in.
@@ -342,7 +338,7 @@ def _sweep(algebra: Algebra, node: fx.Node) -> None:
     algebra.graph.erase_node(node)
     for source in sources:
         idle = source in algebra.vectors or source.op == "get_attr" or describes(source) or algebra.constant(source) is not None
-        if idle and not changes_in_place(source, algebra.modules):
+        if idle and (not changes_in_place(source, algebra.modules) or algebra.is_own(source)):
             _sweep(algebra, source)
 
 
