@@ -4,7 +4,10 @@ from se_fx.bench import Benchmark, bench
 from se_fx.blocks import SqueezeExcite2d
 from se_fx.cost import Cost
 from se_fx.errors import SqueezeExciteError
+from se_fx.folding import Folding, fold_gates
 from se_fx.gates import GateProfile, SiteGates, profile_gates
+from se_fx.optimization import Optimization
+from se_fx.optimize import optimize_for_inference
 from se_fx.plan import Plan, Site
 from se_fx.report import Report
 from se_fx.roofline import Machine, measure_machine
@@ -14,8 +17,10 @@ from se_fx.transform import apply_squeeze_excite, plan, remove, report, transfor
 __all__ = [
     "Benchmark",
     "Cost",
+    "Folding",
     "GateProfile",
     "Machine",
+    "Optimization",
     "Plan",
     "Report",
     "Site",
@@ -25,7 +30,9 @@ __all__ = [
     "Suggestion",
     "apply_squeeze_excite",
     "bench",
+    "fold_gates",
     "measure_machine",
+    "optimize_for_inference",
     "plan",
     "profile_gates",
     "remove",

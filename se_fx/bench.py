@@ -8,18 +8,15 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import dataclasses
 import math
 import platform
 import re
-import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from tabulate import tabulate
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
@@ -28,6 +25,7 @@ from se_fx.fakes import Call, as_call, describe_call
 from se_fx.memory import peak_bytes
 from se_fx.plan import plan_of
 from se_fx.progress import progress_bar
+from se_fx.timings import Benchmark, Row
 from se_fx.tracing import random_state, reason_of, set_random_state
 from se_fx.transform import remove
 
@@ -37,97 +35,16 @@ Cell = tuple[str, str]  # name of a model, mode
 MODES: dict[bool | str, tuple[str, ...]] = {False: ("eager",), True: ("compiled",), "both": ("eager", "compiled")}
 
 
-@dataclass(frozen=True)
-class Row:
-    """One model in one mode at one batch size.
-
-    Attributes:
-        model: its name.
-        mode: "eager" or "compiled".
-        batch_size: samples in a call.
-        seconds: of one call, round by round.
-        ratios: `seconds` over the baseline's in the same mode, batch size and round.
-        peak_bytes: the most bytes of memory that one call takes at a time, beside weights and inputs.
-    """
-
-    model: str
-    mode: str
-    batch_size: int
-    seconds: tuple[float, ...]
-    ratios: tuple[float, ...]
-    peak_bytes: int
-
-    @property
-    def median(self) -> float:
-        """Median of the rounds' seconds."""
-        return statistics.median(self.seconds)
-
-    @property
-    def iqr(self) -> tuple[float, float]:
-        """First and third quartile of the rounds' seconds."""
-        return _quartiles(self.seconds)
-
-    @property
-    def ratio(self) -> float:
-        """Median of the rounds' ratios to the baseline."""
-        return statistics.median(self.ratios)
-
-    @property
-    def ratio_iqr(self) -> tuple[float, float]:
-        """First and third quartile of the rounds' ratios."""
-        return _quartiles(self.ratios)
-
-
-@dataclass(frozen=True)
-class Benchmark:
-    """What `bench` measured. `print` it, or read its rows.
-
-    Attributes:
-        rows: batch size by batch size, mode by mode, model by model.
-        baseline: name of the model that ratios are to.
-        training: whether calls are training steps.
-        channels_last: whether weights and inputs are in that memory format.
-        dtype: of the baseline's parameters, such as "float32".
-        autocast: the dtype of autocast, such as "bfloat16"; None without.
-        rounds: timings of each row.
-        device: such as "cpu" or "cuda:0".
-        machine: names of the CPU or GPU, number of threads on the CPU, version of PyTorch.
-    """
-
-    rows: tuple[Row, ...]
-    baseline: str
-    training: bool
-    channels_last: bool
-    dtype: str
-    autocast: str | None
-    rounds: int
-    device: str
-    machine: str
-
-    def __str__(self) -> str:
-        headers = ["model", "mode", "batch", "median, ms", "IQR, ms", "ratio", "IQR of ratios", "peak, MiB"]
-        table = tabulate(map(_cells, self.rows), headers, disable_numparse=True, colalign=("left", "left", *["right"] * 6))
-        dtype = f"{self.dtype}, autocast to {self.autocast}" if self.autocast else self.dtype
-        layout = ", channels_last" if self.channels_last else ""
-        calls = "training steps" if self.training else "inference"
-        return f"{table}\n{self.machine}; {dtype}{layout}, {calls}, rounds: {self.rounds}, ratios to {self.baseline}"
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain JSON types; rows have their medians and quartiles too."""
-        derived = ("median", "iqr", "ratio", "ratio_iqr")
-        rows = [dataclasses.asdict(row) | {name: getattr(row, name) for name in derived} for row in self.rows]
-        rows = [{key: list(value) if isinstance(value, tuple) else value for key, value in row.items()} for row in rows]
-        return dataclasses.asdict(self) | {"rows": rows}
-
-
 def bench(
     models: Mapping[str, nn.Module] | nn.Module,
     example_inputs: Any = None,
     *,
     batch_sizes: Sequence[int] = (1,),
     compiled: bool | str = False,
+    freezing: bool = False,
     training: bool = False,
     channels_last: bool = False,
+    dtype: torch.dtype | None = None,
     autocast: torch.dtype | None = None,
     device: torch.device | str | None = None,
     rounds: int = 15,
@@ -150,9 +67,13 @@ def bench(
             tensor is the batch; its samples are repeated. Tensors on the meta device are filled with random numbers.
         batch_sizes: numbers of samples in a call, each measured for itself.
         compiled: False: as they are; True: under `torch.compile`, anew for each batch size; "both": either way.
+        freezing: compile with Inductor's `freezing`, which takes the weights for constants: it folds batch norms into
+            convs, and packs weights as the kernels like them. For inference only. Code that was compiled without would be
+            used again, so `torch.compiler.reset` is called before and after: whatever else is compiled, compiles anew.
         training: time a training step, in train mode: forward, the mean of all floating-point outputs, backward. Else
             inference, in eval mode, under `torch.inference_mode`.
         channels_last: convert weights and inputs of 4 dimensions to that memory format.
+        dtype: convert floating-point weights and inputs to this dtype, such as `torch.bfloat16`; None leaves them.
         autocast: run under autocast to this dtype, `torch.bfloat16` or `torch.float16`.
         device: "cpu" or a CUDA device; None is that of the models' parameters.
         rounds: how often each model is timed, at least 1.
@@ -168,30 +89,33 @@ def bench(
     >>> [(row.model, row.batch_size) for row in result.rows]
     [('all', 1), ('first', 1), ('all', 4), ('first', 4)]
     """
-    _check(batch_sizes, compiled, autocast, rounds, min_seconds)
+    _check(batch_sizes, rounds, min_seconds, dtype, autocast)
+    _check_modes(compiled, freezing, training)
     named = _named(models)
     call, where, modes = as_call(example_inputs), _device(named, device), MODES[compiled]
     rows: list[Row] = []
     ticks = len(batch_sizes) * len(named) * len(modes) * (rounds + 1)
-    with _surroundings(where, compiles="compiled" in modes), progress_bar("bench", "timing", ticks, progress) as tick:
-        copies = {name: _copied(name, model, where, training, channels_last) for name, model in named.items()}
+    form = _Form(where, dtype, channels_last)
+    with _surroundings(where, "compiled" in modes, freezing), progress_bar("bench", "timing", ticks, progress) as tick:
+        copies = {name: _copied(name, model, form).train(training) for name, model in named.items()}
         runs = {
             (name, mode): cast("nn.Module", torch.compile(model, dynamic=False)) if mode == "compiled" else model
             for mode in modes
             for name, model in copies.items()
         }
         for batch_size in batch_sizes:
-            inputs = _batch(call, batch_size, where, channels_last)
+            inputs = _batch(call, batch_size, form)
             steps = {cell: _Step(model, inputs, training, where, autocast) for cell, model in runs.items()}
             rows += _measured(steps, batch_size, rounds, min_seconds, tick)
     baseline = next(iter(named))
-    dtypes = (parameter.dtype for parameter in named[baseline].parameters() if parameter.is_floating_point())
+    dtypes = (parameter.dtype for parameter in copies[baseline].parameters() if parameter.is_floating_point())
     return Benchmark(
         rows=tuple(rows),
         baseline=baseline,
         training=training,
+        freezing=freezing,
         channels_last=channels_last,
-        dtype=str(next(dtypes, torch.get_default_dtype())).removeprefix("torch."),
+        dtype=str(next(dtypes, dtype or torch.get_default_dtype())).removeprefix("torch."),
         autocast=str(autocast).removeprefix("torch.") if autocast else None,
         rounds=rounds,
         device=str(where),
@@ -230,7 +154,7 @@ def _loss(output: Any) -> Tensor:
 
 def _measured(
     steps: Mapping[Cell, _Step], batch_size: int, rounds: int, min_seconds: float, tick: Callable[[], object]
-) -> Iterator[Row]:
+) -> list[Row]:
     numbers, peaks = {}, {}
     for (name, mode), step in steps.items():
         try:
@@ -249,15 +173,17 @@ def _measured(
             seconds[cell].append(_seconds(steps[cell], numbers[cell]))
             tick()
     (baseline, _), *_ = steps
-    for (name, mode), times in seconds.items():
-        ratios = tuple(time / base for time, base in zip(times, seconds[baseline, mode], strict=True))
-        yield Row(name, mode, batch_size, tuple(times), ratios, peaks[name, mode])
+    rows = {cell: Row(*cell, batch_size, tuple(times), (), peaks[cell]) for cell, times in seconds.items()}
+    return [row.against(rows[baseline, row.mode]) for row in rows.values()]
 
 
 def _order(cells: list[Cell], round_: int) -> list[Cell]:
-    """A B C, C B A, B C A, A C B, C A B, B A C, and so on: each cell at each place equally often."""
-    first = round_ // 2 % len(cells)
-    turned = cells[first:] + cells[:first]
+    """A B D C, C D B A, B C A D, D A C B, and so on: each cell at each place, and next after each other, equally often.
+
+    That is a design of Williams' (1949): a zigzag through the cells, turned by one cell each other round, else reversed.
+    """
+    zigzag = [(place + 1) // 2 * (1 if place % 2 else -1) for place in range(len(cells))]
+    turned = [cells[(round_ // 2 + step) % len(cells)] for step in zigzag]
     return turned[::-1] if round_ % 2 else turned
 
 
@@ -279,16 +205,24 @@ def _seconds(step: Callable[[], None], number: int) -> float:
 
 
 # ------------------------------------------------------------------------------------------------------------ preparation
-def _copied(name: str, model: nn.Module, device: torch.device, training: bool, channels_last: bool) -> nn.Module:
+@dataclass(frozen=True)
+class _Form:
+    """What tensors are converted to."""
+
+    device: torch.device
+    dtype: torch.dtype | None
+    channels_last: bool
+
+
+def _copied(name: str, model: nn.Module, form: _Form) -> nn.Module:
     try:
-        copied = copy.deepcopy(model).to(device)
-        copied = copied.to(memory_format=torch.channels_last) if channels_last else copied
+        copied = copy.deepcopy(model).to(form.device, form.dtype)
+        return copied.to(memory_format=torch.channels_last) if form.channels_last else copied
     except Exception as error:
-        raise SqueezeExciteError(f"models[{name!r}]: can't be copied to {device}. {reason_of(error)}") from error
-    return copied.train(training)
+        raise SqueezeExciteError(f"models[{name!r}]: can't be copied to {form.device}. {reason_of(error)}") from error
 
 
-def _batch(call: Call, batch_size: int, device: torch.device, channels_last: bool) -> Call:
+def _batch(call: Call, batch_size: int, form: _Form) -> Call:
     """A call with `batch_size` samples, those of `call` over and over."""
 
     def prepared(tensor: Tensor) -> Tensor:
@@ -297,8 +231,8 @@ def _batch(call: Call, batch_size: int, device: torch.device, channels_last: boo
             tensor = torch.rand(tensor.shape).to(tensor.dtype)  # integers: zeros
         if tensor.dim():
             tensor = tensor[torch.arange(batch_size, device=tensor.device) % len(tensor)]
-        tensor = tensor.to(device)
-        return tensor.contiguous(memory_format=torch.channels_last) if channels_last and tensor.dim() == 4 else tensor
+        tensor = tensor.to(form.device, form.dtype if tensor.is_floating_point() else None)
+        return tensor.contiguous(memory_format=torch.channels_last) if form.channels_last and tensor.dim() == 4 else tensor
 
     lengths = [len(leaf) for leaf in tree_leaves(call) if isinstance(leaf, Tensor) and leaf.dim()]
     if not lengths or not all(lengths):
@@ -307,7 +241,7 @@ def _batch(call: Call, batch_size: int, device: torch.device, channels_last: boo
 
 
 @contextlib.contextmanager
-def _surroundings(device: torch.device, compiles: bool) -> Iterator[None]:
+def _surroundings(device: torch.device, compiles: bool, freezing: bool) -> Iterator[None]:
     """Within, grad mode and generators are the benchmark's own, and `torch.compile` never gives up on a new batch size."""
     state, cuda = random_state(), [device] if device.type == "cuda" else []
     with contextlib.ExitStack() as stack:
@@ -320,21 +254,34 @@ def _surroundings(device: torch.device, compiles: bool) -> Iterator[None]:
         if compiles:  # beyond its limits it would run eagerly
             limits = {"recompile_limit": 10**6, "accumulated_recompile_limit": 10**6}
             stack.enter_context(torch._dynamo.config.patch(limits))
+        if freezing:  # code compiled without is not guarded against it; eager calls need the parameters
+            torch.compiler.reset()
+            stack.callback(torch.compiler.reset)
+            stack.enter_context(torch._inductor.config.patch(freezing=True, freezing_discard_parameters=False))
         yield
 
 
 # ----------------------------------------------------------------------------------------------------------------- checks
-def _check(batch_sizes: Any, compiled: Any, autocast: Any, rounds: Any, min_seconds: Any) -> None:
+def _check(batch_sizes: Any, rounds: Any, min_seconds: Any, dtype: Any, autocast: Any) -> None:
     if not isinstance(batch_sizes, Sequence) or not batch_sizes or not all(map(_is_count, batch_sizes)):
         raise SqueezeExciteError(f"batch_sizes={batch_sizes!r}: expected integers >= 1, such as (1, 8)")
-    if compiled not in (False, True, "both"):
-        raise SqueezeExciteError(f'compiled={compiled!r}: expected False, True or "both"')
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise SqueezeExciteError(f"dtype={dtype!r}: expected None, or a floating-point dtype such as torch.bfloat16")
     if autocast not in (None, torch.bfloat16, torch.float16):
         raise SqueezeExciteError(f"autocast={autocast!r}: expected None, torch.bfloat16 or torch.float16")
     if not _is_count(rounds):
         raise SqueezeExciteError(f"rounds={rounds!r}: expected an integer >= 1")
     if not isinstance(min_seconds, (int, float)) or not 0 <= min_seconds < math.inf:
         raise SqueezeExciteError(f"min_seconds={min_seconds!r}: expected seconds, a number >= 0")
+
+
+def _check_modes(compiled: Any, freezing: bool, training: bool) -> None:
+    if compiled not in (False, True, "both"):
+        raise SqueezeExciteError(f'compiled={compiled!r}: expected False, True or "both"')
+    if freezing and not compiled:
+        raise SqueezeExciteError('freezing=True: freezes weights in compiled code; pass compiled=True or "both"')
+    if freezing and training:
+        raise SqueezeExciteError("freezing=True: freezes weights, which training changes; pass training=False")
 
 
 def _is_count(value: Any) -> bool:
@@ -365,23 +312,6 @@ def _device(models: Mapping[str, nn.Module], device: Any) -> torch.device:
     if where.type != "cpu" and not (where.type == "cuda" and torch.cuda.is_available()):
         raise SqueezeExciteError(f"device={str(where)!r}: expected 'cpu', or a CUDA device that this machine has")
     return where
-
-
-# ------------------------------------------------------------------------------------------------------------------ words
-def _cells(row: Row) -> list[Any]:
-    times = [f"{1e3 * row.median:,.3f}", _span(row.iqr, 1e3), f"{row.ratio:.3f}", _span(row.ratio_iqr)]
-    return [row.model, row.mode, row.batch_size, *times, f"{row.peak_bytes / 2**20:,.2f}"]
-
-
-def _quartiles(values: tuple[float, ...]) -> tuple[float, float]:
-    if len(values) == 1:
-        return values[0], values[0]
-    first, _, third = statistics.quantiles(values, n=4, method="inclusive")
-    return first, third
-
-
-def _span(quartiles: tuple[float, float], unit: float = 1) -> str:
-    return " to ".join(f"{unit * quartile:,.3f}" for quartile in quartiles)
 
 
 def _processor(device: torch.device) -> str:

