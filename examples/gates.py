@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import argparse
 import time
-from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -77,17 +76,6 @@ def accuracy(model: nn.Module, data: Batches) -> float:
     return right / sum(len(labels) for _, labels in data)
 
 
-def by_mean(profile: se_fx.GateProfile) -> se_fx.GateProfile:
-    """The same with each block's channels in the order of their mean gate: hundreds of channels make a line to look at."""
-    sites = []
-    for site in profile.sites:
-        order = site.channel_means.argsort()
-        by_class = {label: means[order] for label, means in site.class_means.items()}
-        spreads = site.channel_spreads[order]
-        sites.append(replace(site, channel_means=site.channel_means[order], channel_spreads=spreads, class_means=by_class))
-    return se_fx.GateProfile(tuple(sites))
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="two epochs, 200 test images, two tolerances")
@@ -127,7 +115,7 @@ def main() -> None:
     profile = se_fx.profile_gates(model, batches(*training))
     print(profile, end="\n\n")
     if arguments.plot:
-        by_mean(profile).plot(arguments.plot)
+        profile.plot(arguments.plot)
 
     rows = []
     for tolerance in tolerances:

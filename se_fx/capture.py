@@ -81,7 +81,7 @@ def capture(model: nn.Module, *, finely: bool = False) -> Capture:
     Args:
         model: any module.
         finely: look into all modules that aren't PyTorch's own: normalisation and attention of others, subclasses of
-            `nn.Conv2d`, inserted blocks. Otherwise only into those that hold a Conv2d.
+            `nn.Conv2d`, inserted blocks; and in eval mode only. Otherwise into those that hold a Conv2d, in both modes.
 
     Raises:
         SqueezeExciteError: `model` is not an `nn.Module`, or is wrapped, compiled, scripted or not initialised yet.
@@ -102,7 +102,7 @@ def capture(model: nn.Module, *, finely: bool = False) -> Capture:
         if module not in entered or isinstance(module, nn.Conv2d):
             return
         try:
-            tracing = _Tracing(module, entered)
+            tracing = _Tracing(module, entered, (False,) if finely else (True, False))
             region = Region(path, module, tracing.graphs(), tracing.constants)
         except Untraceable as untraceable:
             opaque[path] = str(untraceable)
@@ -152,9 +152,10 @@ class Untraceable(Exception):
 class _Tracing:
     """Traces one module in both modes, retrying with ever more of its submodules opaque until all is faithful."""
 
-    def __init__(self, module: nn.Module, entered: set[nn.Module]) -> None:
+    def __init__(self, module: nn.Module, entered: set[nn.Module], modes: tuple[bool, ...]) -> None:
         self.module = module
         self.entered = entered
+        self.modes = modes
         self.opaque: dict[str, str] = {}
         self.constants = constants_of(module)
         self.called: set[str] = set()
@@ -172,7 +173,7 @@ class _Tracing:
         """The graph by `training`."""
         while True:
             known = len(self.opaque)
-            graphs = {training: self._trace(training) for training in (True, False)}
+            graphs = {training: self._trace(training) for training in self.modes}
             if len(self.opaque) == known:
                 break
         if self._depends_on_optional_arguments(graphs[False]):
@@ -182,7 +183,8 @@ class _Tracing:
         read = {node.target for node in nodes if node.op == "get_attr"}
         self.opaque = {name: reason for name, reason in self.opaque.items() if name in called}
         self.constants = {name: constant for name, constant in self.constants.items() if name in read}
-        return dict.fromkeys((True, False), graphs[False]) if _agree(graphs[True], graphs[False]) else graphs
+        one = True not in graphs or _agree(graphs[True], graphs[False])
+        return dict.fromkeys((True, False), graphs[False]) if one else graphs
 
     def _trace(self, training: bool, defaults: dict[str, Any] | None = None, watch: bool = False) -> fx.Graph:
         if "forward" in self.module.__dict__:

@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from se_fx.errors import SqueezeExciteError
 from se_fx.fakes import as_call
-from se_fx.gates import _labelled
+from se_fx.gates import labelled
 from se_fx.progress import progress_bar
 from se_fx.regions import clone
 
@@ -69,7 +69,7 @@ def compare(before: nn.Module, after: nn.Module, alone: Mapping[str, nn.Module],
     whole, single, classes = _Distance(), [_Distance() for _ in parts], _Classes()
     with torch.no_grad(), progress_bar("outputs", "batch", len(batches), progress) as tick:
         for batch in batches:
-            inputs, labels = _labelled(batch)
+            inputs, labels = labelled(batch)
             expected, got = _run(old, inputs), _run(new, inputs)
             whole.add(expected, got)
             classes.add(expected, got, labels)

@@ -101,7 +101,7 @@ class GateProfile:
         }
 
     def plot(self, path: str | os.PathLike[str]) -> None:
-        """Draw each site's mean gate by channel, and by class where there are labels, as in the paper's figure 6.
+        """Draw each site's mean gates, channels sorted by them, and each class's where there are labels: the paper's figure 6.
 
         Args:
             path: an image file; its ending says of what kind, such as ".png" or ".svg".
@@ -120,16 +120,17 @@ class GateProfile:
         lines = -(-len(sites) // columns)
         figure = Figure(figsize=(3.6 * columns, 2.5 * lines), layout="constrained")
         for axes, site in zip(figure.subplots(lines, columns, squeeze=False).flat, sites, strict=False):
+            order = site.channel_means.argsort()
             for label, means in site.class_means.items():
-                axes.plot(means, linewidth=0.8, label=f"class {label}")
-            axes.plot(site.channel_means, linewidth=1.2, color="black", label="all")
+                axes.plot(means[order], linewidth=0.8, label=f"class {label}")
+            axes.plot(site.channel_means[order], linewidth=1.2, color="black", label="all")
             axes.set_title(site.name, fontsize=9)
             axes.set_ylim(bottom=0)
             axes.tick_params(labelsize=7)
         for axes in figure.axes[len(sites) :]:
             axes.set_axis_off()
         figure.axes[0].legend(fontsize=7, ncols=2)
-        figure.supxlabel("channel", fontsize=9)
+        figure.supxlabel("channels, in the order of their mean gate", fontsize=9)
         figure.supylabel("mean gate", fontsize=9)
         figure.savefig(path, dpi=150)
 
@@ -161,7 +162,7 @@ def profile_gates(rewritten: nn.Module, batches: Iterable[Any], *, progress: boo
     total, count = len(batches) if hasattr(batches, "__len__") else None, 0  # type: ignore[arg-type]
     with _evaluating(rewritten), progress_bar("gates", "batch", total, progress) as tick:
         for batch in batches:
-            inputs, labels = _labelled(batch)
+            inputs, labels = labelled(batch)
             args, kwargs = as_call(inputs)
             with _watched({name: own[name] for name in sums}, sums, labels):
                 rewritten(*args, **kwargs)
@@ -200,7 +201,7 @@ class _Sums:
         return SiteGates(name, self.samples, means, variances.sqrt(), by_class)
 
 
-def _labelled(batch: Any) -> tuple[Any, Tensor | None]:
+def labelled(batch: Any) -> tuple[Any, Tensor | None]:
     """A batch's inputs, and its labels, if it is a pair of the two."""
     if isinstance(batch, (tuple, list)) and len(batch) == 2 and isinstance(batch[1], Tensor):
         labels = batch[1]

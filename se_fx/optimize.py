@@ -55,8 +55,16 @@ def optimize_for_inference(model: nn.Module, example_inputs: Any = None, *, rewr
     Raises:
         SqueezeExciteError: the model is in training mode, or an argument is not what is expected.
 
-    >>> net = nn.Sequential(nn.Conv2d(8, 32, 1), nn.BatchNorm2d(32), SqueezeExcite2d(32)).eval()
-    >>> print(optimize_for_inference(net).code.strip())
+    >>> from se_fx import SqueezeExcite2d, report
+    >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 32, 1), nn.BatchNorm2d(32), SqueezeExcite2d(32)).eval()
+    >>> for step in report(optimize_for_inference(net)).steps:
+    ...     for change in step.changes:
+    ...         print(f"{change.place}: {change.detail}")
+    2: into 1
+    1_folded: averages 8 channels instead of 32
+    3.fc1_product: 8 to 4
+    3.fc2: 4 to 32
+    1_folded: in place
     """
     chosen = _chosen(rewrites)
     if isinstance(model, nn.Module) and model.training:
@@ -183,16 +191,24 @@ def _bring(module: nn.Module, region: fx.GraphModule, node: fx.Node) -> None:
         module.register_buffer(name, region.get_buffer(name))
 
 
-def _prune(module: GraphRegion) -> None:
-    """Take out the modules and tensors that the eval graph doesn't use."""
-    nodes = [node for node in module.graph.nodes if node.op in ("call_module", "get_attr")]
-    used = {str(node.target) for node in nodes}
-    tensors = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
-    for name, _ in tensors:
-        parts = name.split(".")
-        if not any(".".join(parts[:length]) in used for length in range(1, len(parts) + 1)):
-            delattr(module.get_submodule(".".join(parts[:-1])), parts[-1])
-    module.delete_all_unused_submodules()
+def _prune(root: GraphRegion) -> None:
+    """Take out the modules and tensors that the eval graph doesn't use, whatever names they have."""
+    used: set[nn.Module] = set()
+    read: set[tuple[nn.Module, str]] = set()
+    for node in root.graph.nodes:
+        path, _, name = str(node.target).rpartition(".")
+        if node.op == "call_module":
+            used.update(root.get_submodule(str(node.target)).modules())
+        elif node.op == "get_attr":
+            read.add((root.get_submodule(path), name))
+    for module in list(root.modules())[::-1]:  # children before parents
+        if module not in used:
+            for name in [*module._parameters, *module._buffers]:
+                if (module, name) not in read:
+                    delattr(module, name)
+            for name, child in [*module.named_children()]:
+                if child not in used and not [*child.children(), *child.parameters(), *child.buffers()]:
+                    delattr(module, name)
 
 
 def _refusal(graph: fx.Graph) -> fx.Graph:

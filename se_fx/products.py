@@ -56,5 +56,13 @@ class VectorLinear(nn.Module):
 
 
 def few(weight: Tensor) -> int:
-    """The largest batch for which multiplying and adding beats a library's product with (O, I)."""
-    return 4
+    """The largest batch for which multiplying and adding beats a library's product with (O, I).
+
+    A library call costs as much as some half a million multiply-adds that the compiler writes out, in float32 and in bfloat16:
+    measured by ``examples/benchmarks/products.py``.
+    """
+    return MOST_MACS // max(1, weight.numel())
+
+
+#: The most multiply-adds that are written out.
+MOST_MACS = 2**19

@@ -205,6 +205,27 @@ def test_copies_and_pickles() -> None:
     assert torch.equal(again(x), fast(x))
 
 
+def test_modules_of_several_names() -> None:
+    class Named(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.unused = nn.Linear(2, 2)
+            self.first, self.second = small(), nn.Sequential(nn.Conv2d(10, 4, 1), nn.BatchNorm2d(4))
+            self.again, self.holder = self.second, nn.ModuleDict({"same": self.second, "conv": self.second[0]})
+            self.table = nn.Parameter(torch.randn(4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.first(x)[..., None, None]
+            return self.again(y) + self.holder["conv"](y) + self.table[:, None, None]
+
+    model, x = settled(Named()), torch.randn(2, 3, 32, 32)
+    fast = se_fx.optimize_for_inference(model)
+    assert_close(fast(x), model(x))
+    keys = fast.state_dict().keys()
+    assert {"table", "second.0.weight"} <= keys
+    assert not any("unused" in key or "running" in key for key in keys)
+
+
 def test_gradients_of_inputs() -> None:
     model = small()
     fast = se_fx.optimize_for_inference(model)

@@ -54,6 +54,8 @@ class Excited(nn.Module):
         self.fc1, self.fc2 = nn.Linear(channels, 5), nn.Linear(5, channels)
         self.conv1, self.conv2 = nn.Conv2d(channels, 5, 1), nn.Conv2d(5, channels, 1)
         self.pool = nn.AdaptiveAvgPool2d(1)
+        layers = (nn.Linear(channels, 5, bias=False), nn.ReLU(), nn.Linear(5, channels, bias=False), nn.Sigmoid())
+        self.pool_and_mlp = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), *layers)
         self.blocks = nn.ModuleDict(
             {
                 "ours": SqueezeExcite2d(channels, 5),
@@ -67,6 +69,9 @@ class Excited(nn.Module):
 
     def gate(self, x: Tensor) -> Tensor:
         n, c = x.shape[:2]
+        if self.style == "sequential":
+            n, c, _, _ = x.shape
+            return self.pool_and_mlp(x).reshape(n, c, 1, 1)
         if self.style == "linear":
             return torch.sigmoid(self.fc2(F.relu(self.fc1(self.pool(x).view(n, c))))).view(n, c, 1, 1)
         if self.style == "flattened":
@@ -84,7 +89,19 @@ class Excited(nn.Module):
         return self.blocks[self.style](x) if self.style in self.blocks else x * self.gate(x)
 
 
-STYLES = ("ours", "timm", "timm effnet", "torchvision", "hard", "linear", "flattened", "functional", "window", "conv2d")
+STYLES = (
+    "ours",
+    "timm",
+    "timm effnet",
+    "torchvision",
+    "hard",
+    "sequential",
+    "linear",
+    "flattened",
+    "functional",
+    "window",
+    "conv2d",
+)
 
 
 @pytest.mark.parametrize("style", STYLES)

@@ -11,10 +11,10 @@ A group, at a dtype and a batch size, is one run of `se_fx.bench`, printed as on
 changing order, and ratios are those of a round. *Overhead left* is the share of SE's overhead that optimizing leaves: the
 ratio of optimized to plain, less 1, over the ratio of unoptimized to plain, less 1. Compiled is `torch.compile` with Inductor's
 freezing; all is in memory format channels_last. Weights are random, and statistics of batch norms are those of random images.
-Plain is optimized too: what that changes has nothing to do with SE.
+Without --networks, plain is optimized too: what that changes has nothing to do with SE.
 
     python examples/benchmarks/inference.py                                                # everything: hours
-    python examples/benchmarks/inference.py --models resnet50 --batch-sizes 1 8 --modes compiled
+    python examples/benchmarks/inference.py --models resnet50 --networks seresnet50 --batch-sizes 1 8 --modes compiled
     python examples/benchmarks/inference.py --modes eager --dtypes float32 --json eager.json
     python examples/benchmarks/inference.py --batch-sizes 1 --rounds 3 --min-seconds 0     # a first look
 
@@ -108,24 +108,32 @@ def lively(model: nn.Module) -> nn.Module:
     for norm in norms:
         nn.init.uniform_(norm.weight, 0.5, 1.5)
         nn.init.normal_(norm.bias, std=0.1)
-        norm.reset_running_stats()
-        norm.momentum = None  # statistics are the mean of all batches': here, of one
+    momenta = {norm: norm.momentum for norm in norms}
+    for norm in norms:
+        norm.momentum = 1.0  # statistics are those of the last batch
     with torch.no_grad():
         model.train()(torch.randn(4, 3, SIZE, SIZE))
+    for norm, momentum in momenta.items():
+        norm.momentum = momentum
     return model.eval()
 
 
 # -------------------------------------------------------------------------------------------------------------- measuring
-def prepared(group: str, inputs: Tensor) -> tuple[dict[str, nn.Module], dict[str, str]]:
+def prepared(group: str, chosen: list[str] | None, inputs: Tensor) -> tuple[dict[str, nn.Module], dict[str, str]]:
     """The models of a group, each as it is and optimized; and for each how far apart the two's outputs are."""
     models: dict[str, nn.Module] = {}
     differences: dict[str, str] = {}
-    for name, build in GROUPS[group].items():
+    for position, (name, build) in enumerate(GROUPS[group].items()):
+        if position and chosen is not None and name not in chosen:
+            continue
         torch.manual_seed(0)
         try:
             model = lively(build()).to(inputs.device, inputs.dtype).to(memory_format=torch.channels_last)
         except ImportError as error:
             differences[name] = f"not installed: {error}"
+            continue
+        if not position and chosen is not None:
+            models[name] = model
             continue
         optimized = se_fx.optimize_for_inference(model, example_inputs=(inputs,))
         models |= {name: model, name + OPTIMIZED: optimized}
@@ -159,6 +167,7 @@ def main() -> None:
     seconds = "the least that a timing lasts; calls are repeated to fill it, after two to warm up (default: 0.3)"
     add = parser.add_argument
     add("--models", nargs="+", choices=GROUPS, default=list(GROUPS), metavar="GROUP", help="groups (default: all four)")
+    add("--networks", nargs="+", metavar="NAME", help="networks of these groups, by name, plain ones besides (default: all)")
     add("--batch-sizes", type=int, nargs="+", default=[1, 8, 32], metavar="N", help="images in a call (default: 1 8 32)")
     add("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES), help="of weights and images (default: both)")
     add("--modes", nargs="+", choices=modes, default=list(modes), help="how models are called (default: both)")
@@ -176,7 +185,7 @@ def main() -> None:
         title = f"{group}, {dtype}, batch {batch_size}"
         bar.set_description(title)
         inputs = torch.randn(batch_size, 3, SIZE, SIZE).to(arguments.device, DTYPES[dtype], memory_format=torch.channels_last)
-        models, differences = prepared(group, inputs)
+        models, differences = prepared(group, arguments.networks, inputs)
         result = se_fx.bench(
             models,
             inputs,
