@@ -275,8 +275,14 @@ def test_bad_arguments(change, options: dict, message: str) -> None:
 
 
 # -------------------------------------------------------------------------------------------------- compiled and exported
+def tiny() -> nn.Module:
+    """One bottleneck with a block, so that compilers are done soon."""
+    stem = nn.Sequential(nn.Conv2d(3, 64, 3, stride=2), nn.BatchNorm2d(64), nn.ReLU(inplace=True))
+    return settled(nn.Sequential(stem, timm.models.resnet.Bottleneck(64, 16, attn_layer="se"), nn.Flatten()))
+
+
 def test_compiled_as_one_graph_with_any_batch() -> None:
-    model = small()
+    model = tiny()
     fast = se_fx.optimize_for_inference(model)
     compiled = torch.compile(fast, fullgraph=True, dynamic=True, backend="aot_eager")
     with torch.inference_mode():
@@ -286,7 +292,7 @@ def test_compiled_as_one_graph_with_any_batch() -> None:
 
 
 def test_compiled_by_inductor_with_freezing() -> None:
-    model = small()
+    model = tiny()
     fast = se_fx.optimize_for_inference(model)
     with torch._inductor.config.patch(freezing=True), torch.no_grad():
         compiled = torch.compile(fast, fullgraph=True)
@@ -300,8 +306,9 @@ def test_compiled_by_inductor_with_freezing() -> None:
 def test_exported(dynamic: bool, tmp_path: Path) -> None:
     import onnxruntime
 
-    model, x = small(), torch.randn(2, 3, 32, 32)
+    model, x = tiny(), torch.randn(2, 3, 32, 32)
     fast = se_fx.optimize_for_inference(model)
+    assert applied(fast)["hoist_squeezes"] == 1
     shapes = ({0: torch.export.Dim("batch", min=1, max=64)},) if dynamic else None
     exported = torch.export.export(fast, (x,), dynamic_shapes=shapes)
     with warnings.catch_warnings():
@@ -316,7 +323,7 @@ def test_exported(dynamic: bool, tmp_path: Path) -> None:
 
 
 def test_packaged_ahead_of_time(tmp_path: Path) -> None:
-    model, x = small(), torch.randn(1, 3, 32, 32)
+    model, x = tiny(), torch.randn(1, 3, 32, 32)
     exported = torch.export.export(se_fx.optimize_for_inference(model), (x,))
     path = torch._inductor.aoti_compile_and_package(exported, package_path=str(tmp_path / "fast.pt2"))
     assert_close(torch._inductor.aoti_load_package(path)(x), model(x))
