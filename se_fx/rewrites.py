@@ -250,8 +250,8 @@ def fuse_scales(algebra: Algebra) -> Iterator[Change]:
     """A scaled map is added in the same operator, where a sum alone reads it; else scaled in place, if nobody else reads it."""
     for scale in algebra.scales():
         readers = algebra.readers(scale.node)
-        reader, place = readers[0], _place(scale.value)
-        if len(readers) == 1 and _adds(algebra, reader, scale) and not algebra.is_written(scale.value, reader):
+        reader, place = readers[0] if len(readers) == 1 else None, _place(scale.value)
+        if reader is not None and _adds(algebra, reader, scale) and not algebra.is_written(scale.value, reader):
             summand = next(source for source in reader.all_input_nodes if source is not scale.node)
             with algebra.graph.inserting_before(reader):
                 new = algebra.graph.call_function(torch.addcmul, (summand, scale.value, scale.gate))

@@ -218,6 +218,7 @@ class Written(nn.Module):
         return {
             "conv read too": (z, y),
             "scaled read too": (z + y, z),
+            "scaled read by nobody": (y,),
             "sum": (z + y,),
             "sum with itself": (z + z,),
             "weighted sum": (torch.add(z, y, alpha=2),),
@@ -230,7 +231,9 @@ READ = ("input changed later", "input changed before", "output changed later", "
 SUMS = ("sum", "sum with itself", "weighted sum", "sum with a number")
 
 
-@pytest.mark.parametrize("how", ["plain", *CHANGED, *READ, *SUMS, "conv read too", "scaled read too", "a view read later"])
+@pytest.mark.parametrize(
+    "how", ["plain", *CHANGED, *READ, *SUMS, "conv read too", "scaled read too", "scaled read by nobody", "a view read later"]
+)
 def test_changes_in_place_and_other_readers(how: str) -> None:
     model = settled(Written(how))
     for rewrites in (None, *([name] for name in REWRITES)):
