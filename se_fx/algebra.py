@@ -7,7 +7,6 @@ feature map by a gate. Recognised by what is computed and by shapes, never by th
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -19,15 +18,12 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import parametrize
 
 from se_fx.channels import maps_and_vectors
-from se_fx.dataflow import called, describes, modules_of, pools_globally
+from se_fx.dataflow import ADDS, PRODUCTS, called, describes, modules_of, pools_globally
 from se_fx.products import VectorLinear
 from se_fx.regions import hooked
 from se_fx.residual import changes_in_place
 
 __all__ = ["Affine", "Algebra", "Scale"]
-
-ADDS = frozenset({operator.add, operator.iadd, torch.add, "add", "add_"})
-PRODUCTS = frozenset({operator.mul, operator.imul, torch.mul, torch.multiply, "mul", "mul_", "multiply", "multiply_"})
 
 
 @dataclass(frozen=True)
@@ -283,7 +279,7 @@ class Algebra:
         vectors = [source for source in node.all_input_nodes if source in self.vectors]
         if len(vectors) != 1 or node not in self.vectors or max(self.vectors[node]) != max(self.vectors[vectors[0]]):
             return False
-        return (_is_view(node) and not _casts(node)) or type(called(node, self.modules)) is nn.Flatten
+        return (_is_view(node) and node.target not in _CASTS) or type(called(node, self.modules)) is nn.Flatten
 
     def adds(self, node: fx.Node) -> bool:
         """Whether a node is the plain sum of two values."""
@@ -314,10 +310,6 @@ _ACTIVATIONS = (nn.ReLU, nn.SiLU, nn.Hardswish, nn.ReLU6, nn.GELU)
 _ALLOCATING: frozenset[Any] = frozenset(
     {F.conv2d, F.linear, F.batch_norm, F.relu, F.silu, F.hardswish, F.relu6, F.gelu, torch.addcmul}
 )
-
-
-def _casts(node: fx.Node) -> bool:
-    return node.target in _CASTS
 
 
 def _is_view(node: fx.Node) -> bool:

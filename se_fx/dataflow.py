@@ -12,7 +12,19 @@ from torch import fx, nn
 
 from se_fx.regions import Inserted
 
-__all__ = ["Modules", "attention_convs", "called", "describes", "inserted", "live", "modules_of", "pooled", "pools_globally"]
+__all__ = [
+    "ADDS",
+    "PRODUCTS",
+    "Modules",
+    "attention_convs",
+    "called",
+    "describes",
+    "inserted",
+    "live",
+    "modules_of",
+    "pooled",
+    "pools_globally",
+]
 
 Modules = Mapping[str, nn.Module]  # by qualified name
 
@@ -86,8 +98,11 @@ def attention_convs(graph: fx.Graph, root: nn.Module) -> set[str]:
     return found
 
 
-_MERGES = {operator.mul, operator.imul, torch.mul, torch.multiply, "mul", "mul_", "multiply", "multiply_"}
-_MERGES |= {operator.add, operator.iadd, torch.add, "add", "add_"}
+#: What adds two values, and what multiplies them.
+ADDS: frozenset[Any] = frozenset({operator.add, operator.iadd, torch.add, "add", "add_"})
+PRODUCTS: frozenset[Any] = frozenset(
+    {operator.mul, operator.imul, torch.mul, torch.multiply, "mul", "mul_", "multiply", "multiply_"}
+)
 _SPATIAL = ({-1, -2}, {2, 3})
 _POOLS = (nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d)
 _POOL_FUNCTIONS = {F.adaptive_avg_pool2d, F.adaptive_max_pool2d}
@@ -96,7 +111,7 @@ _AVG_POOLS = {F.avg_pool2d, F.max_pool2d, torch.nn.functional.lp_pool2d}
 
 
 def _merges(node: fx.Node) -> bool:
-    return node.op in ("call_function", "call_method") and node.target in _MERGES
+    return node.op in ("call_function", "call_method") and node.target in ADDS | PRODUCTS
 
 
 def pools_globally(node: fx.Node, modules: Modules) -> bool:

@@ -6,7 +6,6 @@ conv ─ norm ─ block ─ relu          conv ─ norm' ─ relu        norm'.w
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import math
 from collections.abc import Iterable, Mapping
@@ -24,7 +23,7 @@ from se_fx.cost import NO_COST, Cost
 from se_fx.dataflow import Modules, called, modules_of
 from se_fx.errors import SqueezeExciteError
 from se_fx.gates import GateProfile, SiteGates
-from se_fx.insertion import CONTAINER, Insertion, blocks_of, insert, withdraw
+from se_fx.insertion import CONTAINER, Insertion, blocks_of, copied_graph, insert, withdraw
 from se_fx.plan import Plan, Skip, give_plan
 from se_fx.regions import clone, constants_of, graphs_of, hooked
 
@@ -368,7 +367,7 @@ def _folded(rewritten: nn.Module, folded: Iterable[FoldedSite], gates: Mapping[s
 
 def _without(graph: fx.Graph, gone: set[nn.Module], modules: Modules) -> fx.Graph:
     """A copy of `graph` in which the readers of these blocks read what the blocks read."""
-    copied = copy.deepcopy(graph)
+    copied = copied_graph(graph)
     for node in list(copied.nodes):
         if called(node, modules) in gone:
             node.replace_all_uses_with(node.all_input_nodes[0])

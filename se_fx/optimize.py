@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import difflib
 from collections.abc import Iterable, Mapping
 from typing import Any, NoReturn
 
@@ -16,7 +15,7 @@ from se_fx.algebra import Algebra
 from se_fx.capture import Capture, capture, collector_paused, is_foreign
 from se_fx.cost import measure
 from se_fx.dataflow import called, modules_of
-from se_fx.errors import SqueezeExciteError
+from se_fx.errors import SqueezeExciteError, hint
 from se_fx.fakes import Call, as_call, faked
 from se_fx.insertion import copied_graph, withdraw
 from se_fx.optimization import Optimization, Step, give_optimization, optimization_of
@@ -71,9 +70,9 @@ def optimize_for_inference(model: nn.Module, example_inputs: Any = None, *, rewr
         raise SqueezeExciteError("model is in training mode: call model.eval() first; an optimised model can't be trained")
     if example_inputs is not None:
         as_call(example_inputs)
-    captured = capture(model, finely=True)
-    if optimization_of(model) is not None:
+    if isinstance(model, nn.Module) and optimization_of(model) is not None:
         return clone(model)
+    captured = capture(model, finely=True)
     with collector_paused():
         return _optimized(captured, chosen, example_inputs)
 
@@ -84,9 +83,7 @@ def _chosen(rewrites: Iterable[str] | None) -> dict[str, Rewrite]:
     names = list(REWRITES) if rewrites is None else list(rewrites)
     for name in names:
         if name not in REWRITES:
-            close = difflib.get_close_matches(str(name), REWRITES, n=1)
-            hint = f"did you mean {close[0]!r}?" if close else f"expected some of {', '.join(map(repr, REWRITES))}"
-            raise SqueezeExciteError(f"rewrites: there is no {name!r}; {hint}")
+            raise SqueezeExciteError(f"rewrites: there is no {name!r}; {hint(name, REWRITES, 'some of')}")
     return {name: rewrite for name, rewrite in REWRITES.items() if name in names}
 
 

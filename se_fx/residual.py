@@ -12,7 +12,7 @@ import torch
 from torch import fx, nn
 
 from se_fx.channels import channels
-from se_fx.dataflow import Modules, attention_convs, called, inserted, live, modules_of, pooled
+from se_fx.dataflow import ADDS, Modules, attention_convs, called, inserted, live, modules_of, pooled
 
 __all__ = ["Unit", "activation_after", "changes_in_place", "residual_units"]
 
@@ -51,7 +51,7 @@ def residual_units(graph: fx.Graph, root: nn.Module) -> Iterator[Unit]:
     sums of parallel convolutions, position encodings and broadcasts are none.
     """
     modules, data = modules_of(root), live(graph) & _used(graph)
-    adds = [node for node in graph.nodes if node.op in ("call_function", "call_method") and node.target in _ADDS]
+    adds = [node for node in graph.nodes if node.op in ("call_function", "call_method") and node.target in ADDS]
     adds = [node for node in adds if node in data and len(_operands(node, data)) == 2]
     if not adds:
         return
@@ -82,9 +82,6 @@ def residual_units(graph: fx.Graph, root: nn.Module) -> Iterator[Unit]:
         if is_unit and not _is_scaled_by_attention(end, small, data):
             assert width is not None
             yield Unit(start, end, operands[1 - longer], add, branch, names[longer][-1], width, widths.get(start))
-
-
-_ADDS = {operator.add, operator.iadd, torch.add, "add", "add_"}
 
 
 def _operands(add: fx.Node, data: set[fx.Node]) -> list[fx.Node]:

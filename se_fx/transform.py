@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 from collections.abc import Iterable
 from typing import Any, cast
 
@@ -15,7 +14,7 @@ from se_fx.activations import activation_bytes
 from se_fx.capture import capture
 from se_fx.choosing import choose, fit, locate, new_block
 from se_fx.cost import Cost, Measurement, measure
-from se_fx.errors import SqueezeExciteError
+from se_fx.errors import SqueezeExciteError, hint
 from se_fx.insertion import CONTAINER, attach, blocks_of, insert, withdraw
 from se_fx.optimization import Optimization, optimization_of
 from se_fx.optimizers import Joining, as_optimizers
@@ -253,9 +252,7 @@ def apply_squeeze_excite(
 # --------------------------------------------------------------------------------------------------------------- helpers
 def _options(unknown: dict[str, Any], **options: Any) -> Options:
     for name in unknown:
-        close = difflib.get_close_matches(name, options, n=1)
-        hint = f"did you mean {close[0]!r}?" if close else f"expected one of {', '.join(map(repr, options))}"
-        raise SqueezeExciteError(f"{name}: there is no such option; {hint}")
+        raise SqueezeExciteError(f"{name}: there is no such option; {hint(name, options, 'one of')}")
     return Options(**options)
 
 
