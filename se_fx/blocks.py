@@ -16,7 +16,7 @@ __all__ = ["ACTIVATIONS", "BLOCKS", "GATES", "INITS", "SqueezeExcite2d", "latent
 GATES: dict[str, Callable[[], nn.Module]] = {"sigmoid": nn.Sigmoid, "hardsigmoid": nn.Hardsigmoid}
 #: Hidden activations by name.
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {"relu": nn.ReLU, "silu": nn.SiLU, "gelu": nn.GELU}
-#: Attention blocks of others by name, each made from the number of channels: empty, for whoever wants to save plans with them.
+#: Attention blocks of others by name, factories ``channels -> nn.Module``. Empty, for whoever wants to save plans with them.
 BLOCKS: dict[str, Callable[[int], nn.Module]] = {}
 #: Initialisations by name; see `SqueezeExcite2d`.
 INITS = ("default", "identity")

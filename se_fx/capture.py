@@ -24,11 +24,12 @@ import torch
 from torch import Tensor, fx, nn
 
 from se_fx.errors import SqueezeExciteError
+from se_fx.randomness import random_state, set_random_state
 from se_fx.regions import Inserted, clone, constants_of, hooked
 from se_fx.snapshot import Snapshot
-from se_fx.tracing import DRAWS, Tracer, random_state, reason_of, set_random_state
+from se_fx.tracing import DRAWS, Tracer, reason_of
 
-__all__ = ["Capture", "Region", "capture", "collector_paused", "is_foreign"]
+__all__ = ["Capture", "Region", "capture", "check_whole", "collector_paused", "is_foreign"]
 
 
 @dataclass(frozen=True)
@@ -321,19 +322,40 @@ def is_foreign(module: nn.Module) -> bool:
     return isinstance(module, nn.Sequential) or not home.startswith("torch.nn")
 
 
-_WRAPPERS = ("DistributedDataParallel", "DataParallel", "FullyShardedDataParallel", "OptimizedModule")
+_WRAPPERS = {"DistributedDataParallel", "DataParallel", "FullyShardedDataParallel", "FSDPModule", "DDP"}
+
+
+def check_whole(
+    model: nn.Module, advice: str = "use a plain model made by the same plan, and load the full state_dict into it"
+) -> None:
+    """Refuse what only works on whole tensors and plain modules.
+
+    Raises:
+        SqueezeExciteError: a part of the model is wrapped, or its tensors are sharded, for distribution.
+    """
+    for name, module in model.named_modules():
+        where = f"model's submodule {name!r}" if name else "model"
+        if _torch_bases(module) & _WRAPPERS:
+            raise SqueezeExciteError(f"{where} is wrapped for distribution already ({type(module).__name__}): {advice}")
+        for key, tensor in (*module._parameters.items(), *module._buffers.items()):
+            if "DTensor" in (kind.__name__ for kind in type(tensor).__mro__):
+                raise SqueezeExciteError(f"{where} has {key!r} distributed already, as a DTensor: {advice}")
+
+
+def _torch_bases(module: nn.Module) -> set[str]:
+    return {kind.__name__ for kind in type(module).__mro__ if kind.__module__.startswith("torch.")}
 
 
 def _check(model: nn.Module) -> None:
     if not isinstance(model, nn.Module):
         raise SqueezeExciteError(f"model={type(model).__name__}: expected an nn.Module")
+    check_whole(model, "transform the plain model first, then wrap or shard the result")
     for name, module in model.named_modules():
         where = f"model's submodule {name!r}" if name else "model"
-        kinds = {kind.__name__ for kind in type(module).__mro__ if kind.__module__.startswith("torch.")}
-        if kinds & set(_WRAPPERS) or "FSDPModule" in kinds or getattr(module, "_compiled_call_impl", None) is not None:
+        if "OptimizedModule" in _torch_bases(module) or getattr(module, "_compiled_call_impl", None) is not None:
             raise SqueezeExciteError(
-                f"{where} is compiled or wrapped already ({type(module).__name__}): transform the plain model first, "
-                "then compile or wrap the result"
+                f"{where} is compiled already ({type(module).__name__}): transform the plain model first, "
+                "then compile the result"
             )
         if isinstance(module, torch.jit.ScriptModule) and any(
             getattr(part, "original_name", "") == "Conv2d" for part in module.modules()

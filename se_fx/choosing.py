@@ -201,13 +201,16 @@ def _wanted(where: Where, convs: Mapping[str, nn.Conv2d]) -> set[str]:
 
 
 # ------------------------------------------------------------------------------------------------------------- replaying
-def locate(capture: Capture, plan: Plan, device: torch.device | None = None) -> dict[str, list[Insertion]]:
+def locate(
+    capture: Capture, plan: Plan, device: torch.device | None = None, made_on: torch.device | None = None
+) -> dict[str, list[Insertion]]:
     """The insertions that `plan` means in a captured model, by region path, each with a new block.
 
     Args:
         capture: of the model, or of another of the same architecture.
         plan: the plan.
         device: where the blocks' parameters go; by default, to their conv's device.
+        made_on: where their values are drawn; by default, where they go.
 
     Raises:
         SqueezeExciteError: a site does not fit the model; names the first that doesn't.
@@ -228,12 +231,21 @@ def locate(capture: Capture, plan: Plan, device: torch.device | None = None) -> 
                 f"plan: site {site.name!r} does not fit: the plan has {site.channels} channels there, the model {spot.channels}"
             )
         name = site.name[len(region.path) + 1 :] if region.path else site.name
-        insertions.setdefault(region.path, []).append(Insertion(name, new_block(site, plan.callables, conv, device), spots))
+        block = new_block(site, plan.callables, conv, device, made_on)
+        insertions.setdefault(region.path, []).append(Insertion(name, block, spots))
     return insertions
 
 
-def new_block(site: Site, callables: Callables, conv: nn.Conv2d | None = None, device: torch.device | None = None) -> nn.Module:
+def new_block(
+    site: Site,
+    callables: Callables,
+    conv: nn.Conv2d | None = None,
+    device: torch.device | None = None,
+    made_on: torch.device | None = None,
+) -> nn.Module:
     """A block of the kind `site` says; with a conv, on its device (or the one given), of its dtype and in its mode.
+
+    Its values are drawn on the device `made_on`, if that is given, and moved.
 
     Raises:
         SqueezeExciteError: `site` names a function that isn't known here, or a factory makes no module.
@@ -244,7 +256,7 @@ def new_block(site: Site, callables: Callables, conv: nn.Conv2d | None = None, d
         assert site.latent_channels is not None
         activation = copy.deepcopy(callables.get(("activation", site.activation), site.activation))
         gate = copy.deepcopy(callables.get(("gate", site.gate), site.gate))
-        kind: dict[str, Any] = {"bias": site.bias, "init": site.init, "device": device, "dtype": dtype}
+        kind: dict[str, Any] = {"bias": site.bias, "init": site.init, "device": made_on or device, "dtype": dtype}
         block: Any = SqueezeExcite2d(site.channels, site.latent_channels, activation=activation, gate=gate, **kind)
     else:
         factory = callables.get(("block", site.block)) or BLOCKS.get(site.block)
@@ -257,8 +269,8 @@ def new_block(site: Site, callables: Callables, conv: nn.Conv2d | None = None, d
             raise SqueezeExciteError(
                 f"block={site.block!r}: expected a factory channels -> nn.Module, and it made a {type(block).__name__}"
             )
-        block = block.to(device=device, dtype=dtype)
-    return block.train(conv is None or conv.training)  # type: ignore[no-any-return]
+        block = block.to(dtype=dtype)
+    return block.to(device).train(conv is None or conv.training)  # type: ignore[no-any-return]
 
 
 def _policy(placement: str, callables: Callables) -> Policy:

@@ -87,7 +87,7 @@ def _transform(arguments: argparse.Namespace) -> Outcome:
             raise SqueezeExciteError(
                 f"--checkpoint {arguments.checkpoint}: does not fit {arguments.model}: {reason}"
             ) from error
-    rewritten = se_fx.transform(model, _chosen(model, arguments))
+    rewritten = se_fx.transform(model, _chosen(model, arguments), seed=arguments.seed)
     chosen = Plan.of(rewritten)
     with open(arguments.save, "wb") as file:
         torch.save({"plan": chosen.to_dict(), "state_dict": rewritten.state_dict()}, file)
@@ -199,6 +199,7 @@ def _add_outputs(commands: dict[str, argparse.ArgumentParser]) -> None:
         "--roofline", action="store_true", help="also estimate latency, from this machine's peak rates; needs --input"
     )
     commands["transform"].add_argument("--checkpoint", metavar="FILE", help="a state_dict to load into the model first")
+    commands["transform"].add_argument("--seed", type=int, metavar="N", help="draw the blocks' weights from this seed")
     commands["transform"].add_argument("--save", metavar="FILE", required=True, help="where plan and state_dict go")
     bench = commands["bench"]
     bench.add_argument("--batch-sizes", type=int, nargs="+", default=[1], metavar="N", help="default: 1")

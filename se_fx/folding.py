@@ -17,7 +17,7 @@ from torch import Tensor, fx, nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from se_fx.blocks import SqueezeExcite2d
-from se_fx.capture import Capture, Region
+from se_fx.capture import Capture, Region, check_whole
 from se_fx.changes import Changes, compare
 from se_fx.cost import NO_COST, Cost
 from se_fx.dataflow import Modules, called, modules_of
@@ -145,8 +145,8 @@ def fold_gates(
         progress: show a progress bar on stderr while outputs are compared, if tqdm is installed.
 
     Raises:
-        SqueezeExciteError: the model isn't a rewritten one, the profile isn't of this model, `tolerance` is no such
-            number, or `held_out` has no batch.
+        SqueezeExciteError: the model isn't a rewritten one, or is sharded since, the profile isn't of this model, `tolerance`
+            is no such number, or `held_out` has no batch.
 
     >>> import se_fx, torch
     >>> net = se_fx.transform(nn.Sequential(nn.Conv2d(3, 8, 3)), min_channels=1, init="identity")
@@ -161,6 +161,7 @@ def fold_gates(
     On held-out batches outputs move by at most 0, 0 of their standard deviation.
     """
     plan = Plan.of(rewritten)
+    check_whole(rewritten)
     _check_tolerance(tolerance)
     gates = _fitting(profile, rewritten, plan)
     batches = None if held_out is None else _listed(held_out)

@@ -47,17 +47,17 @@ class SiteGates:
 
     @property
     def spread_over_samples(self) -> float:
-        """How much gates depend on the sample: the mean over channels of `channel_spreads`."""
+        """How much gates depend on the sample, as the mean over channels of `channel_spreads`."""
         return float(self.channel_spreads.mean())
 
     @property
     def spread_over_channels(self) -> float:
-        """How much channels differ: the standard deviation of `channel_means`."""
+        """How much channels differ, as the standard deviation of `channel_means`."""
         return float(self.channel_means.std(correction=0))
 
     @property
     def spread_over_classes(self) -> float | None:
-        """How much gates depend on the class: the mean over channels of the class means' spread; None without labels."""
+        """How much gates depend on the class, as the mean over channels of the class means' spread; None without labels."""
         if not self.class_means:
             return None
         return float(torch.stack(list(self.class_means.values())).std(0, correction=0).mean())

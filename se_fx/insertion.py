@@ -199,14 +199,14 @@ def withdraw(module: nn.Module) -> None:
     for key, hook in list(module._forward_hooks.items()):
         if hook is _excite:
             del module._forward_hooks[key]
-            del module._modules[CONTAINER]
+            module._modules.pop(CONTAINER, None)
 
 
 # ------------------------------------------------------------------------------------------------------------ lone convs
 def attach(conv: nn.Module, block: nn.Module) -> None:
     """Scale what `conv` returns by `block`, wherever it is called from, in place. The conv keeps its class and keys."""
+    conv.register_forward_hook(_excite)  # first, since it tells `withdraw` of the block
     conv.add_module(CONTAINER, block)
-    conv.register_forward_hook(_excite)
 
 
 def _excite(conv: nn.Module, args: Any, output: Tensor) -> Tensor:

@@ -202,7 +202,7 @@ def _prune(root: GraphRegion) -> None:
         if module not in used:
             for name in [*module._parameters, *module._buffers]:
                 if (module, name) not in read:
-                    delattr(module, name)
+                    setattr(module, name, None)  # what prints the module still looks for it
             for name, child in [*module.named_children()]:
                 if child not in used and not [*child.children(), *child.parameters(), *child.buffers()]:
                     delattr(module, name)

@@ -43,6 +43,13 @@ class Joining:
 
     def __init__(self, optimizers: Sequence[Optimizer], pairs: Iterable[tuple[str, nn.Module, nn.Module]]) -> None:
         self.joins: list[tuple[Optimizer, dict[str, Any], list[str], list[nn.Parameter]]] = []
+        self.before = [
+            (group[key], len(group[key]))
+            for optimizer in optimizers
+            for group in optimizer.param_groups
+            for key in ("params", "param_names")
+            if key in group
+        ]
         groups = [(optimizer, group) for optimizer in optimizers for group in optimizer.param_groups]
         homes = {id(parameter): home for home in reversed(groups) for parameter in home[1]["params"]}
         for prefix, old, new in pairs if groups else ():
@@ -61,3 +68,11 @@ class Joining:
                 accepted = inspect.signature(type(optimizer)).parameters
                 settings = {name: value for name, value in group.items() if name in accepted and name != "params"}
                 optimizer.state.update(type(optimizer)(parameters, **settings).state)
+
+    def undo(self) -> None:
+        """Let them leave, whether or not they have joined."""
+        for members, number in self.before:
+            del members[number:]
+        for optimizer, _, _, parameters in self.joins:
+            for parameter in parameters:
+                optimizer.state.pop(parameter, None)

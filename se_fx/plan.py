@@ -102,8 +102,9 @@ class Plan:
         """
         found = plan_of(rewritten) if isinstance(rewritten, nn.Module) else None
         if found is None:
-            kind = type(rewritten).__name__
-            raise SqueezeExciteError(f"expected a model that se_fx has rewritten, and got {kind}; call se_fx.transform first")
+            kind, inner = type(rewritten).__name__, getattr(rewritten, "module", None)
+            advice = "pass its .module" if isinstance(inner, nn.Module) and plan_of(inner) else "call se_fx.transform first"
+            raise SqueezeExciteError(f"expected a model that se_fx has rewritten, and got {kind}; {advice}")
         return found
 
     @property

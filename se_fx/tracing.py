@@ -12,7 +12,6 @@ import collections
 import contextlib
 import operator
 import os
-import random
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -23,7 +22,9 @@ import torch.utils.checkpoint
 from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 
-__all__ = ["DRAWS", "TRACED_HOOKS", "Tracer", "has_traced_hooks", "random_state", "reason_of", "set_random_state"]
+from se_fx.randomness import random_state, set_random_state
+
+__all__ = ["DRAWS", "TRACED_HOOKS", "Tracer", "has_traced_hooks", "reason_of"]
 
 _CHECKPOINT = torch.utils.checkpoint.checkpoint
 _CHECKPOINTS = "checkpoints activations, which a graph would drop"
@@ -180,6 +181,9 @@ class Tracer(fx.Tracer):
                 graph = super().trace(root, concrete_args)
         if self.refused:
             raise fx.proxy.TraceError(self.refused)
+        for node in graph.nodes:
+            if isinstance(node.type, str):  # a postponed annotation, whose name means nothing to the graph's code
+                node.type = None
         made = {key: value for key, value in root.__dict__.items() if key.startswith("_tensor_constant") and key not in present}
         for key in made:
             del root.__dict__[key]
@@ -279,10 +283,10 @@ def _watched_builtins(tracer: Tracer) -> Iterator[None]:
         return ask
 
     questions = {name: getattr(torch, name) for name in ("is_grad_enabled", "is_autocast_enabled", "is_inference_mode_enabled")}
-    builtins.isinstance = isinstance_
-    for name, original in questions.items():
-        setattr(torch, name, watched(original))
     try:
+        builtins.isinstance = isinstance_
+        for name, original in questions.items():
+            setattr(torch, name, watched(original))
         yield
     finally:
         builtins.isinstance = _isinstance
@@ -330,8 +334,8 @@ def _no_checkpointing() -> Iterator[None]:
             return _CHECKPOINT(*args, **kwargs)
         raise fx.proxy.TraceError(_CHECKPOINTS)
 
-    torch.utils.checkpoint.checkpoint = refuse
     try:
+        torch.utils.checkpoint.checkpoint = refuse
         yield
     finally:
         torch.utils.checkpoint.checkpoint = _CHECKPOINT
@@ -341,23 +345,6 @@ def _ambient() -> tuple[bool, int]:
     nesting = torch.autocast_increment_nesting()
     torch.autocast_decrement_nesting()
     return _is_grad_enabled(), nesting
-
-
-def random_state() -> tuple[Any, ...]:
-    """The states of all generators that a model's code may draw random numbers from on the CPU."""
-    numpy = sys.modules.get("numpy")
-    name, keys, *rest = numpy.random.get_state() if numpy is not None else ("", b"")
-    return torch.get_rng_state().numpy().tobytes(), random.getstate(), (name, bytes(keys), *rest)
-
-
-def set_random_state(state: tuple[Any, ...]) -> None:
-    """Set the generators back to what `random_state` returned."""
-    for_torch, for_random, (name, keys, *rest) = state
-    torch.set_rng_state(torch.frombuffer(bytearray(for_torch), dtype=torch.uint8))
-    random.setstate(for_random)
-    if name:
-        numpy = sys.modules["numpy"]
-        numpy.random.set_state((name, numpy.frombuffer(keys, dtype=numpy.uint32), *rest))
 
 
 def has_traced_hooks(module: nn.Module) -> bool:

@@ -11,7 +11,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from se_fx.activations import activation_bytes
-from se_fx.capture import capture
+from se_fx.capture import capture, check_whole
 from se_fx.choosing import choose, fit, locate, new_block
 from se_fx.cost import Cost, Measurement, measure
 from se_fx.errors import SqueezeExciteError, hint
@@ -21,6 +21,7 @@ from se_fx.optimizers import Joining, as_optimizers
 from se_fx.options import BlockFactory, Function, Options, Overrides, Where
 from se_fx.placement import Policy
 from se_fx.plan import Plan, give_plan, plan_of
+from se_fx.randomness import check_seed, drawing_from, kept_on_failure
 from se_fx.regions import clone, graphs_of, own_class
 from se_fx.report import Report
 
@@ -42,6 +43,7 @@ def transform(
     block: str | BlockFactory | None = None,
     where: Where = None,
     overrides: Overrides = None,
+    seed: int | None = None,
     **unknown: Any,
 ) -> nn.Module:
     """A copy of `model` with Squeeze-and-Excitation blocks after its Conv2d layers.
@@ -73,6 +75,9 @@ def transform(
             begin with "!" excluding.
         overrides: other `latent_channels`, `init`, `bias`, `activation`, `gate` or `block` for some sites, by glob pattern of
             their names, such as ``{"layer4.*": {"latent_channels": 128}}``; later ones win.
+        seed: draw the blocks' initial weights from this seed, and leave the global generators as they were: the same
+            weights on every rank of a distributed job, whatever their own seeds and devices, with no communication. None
+            draws from the global generators.
         **unknown: none; a misspelt option is named in the error.
 
     Raises:
@@ -98,12 +103,16 @@ def transform(
         overrides=overrides,
     )
     _check_alone(plan, options)
+    check_seed(seed)
     captured = capture(model)
     chosen = choose(captured, options) if plan is None else fit(plan, captured)
-    rewritten = insert(captured, locate(captured, chosen))
-    give_plan(rewritten, (plan_of(model) or Plan(())) | chosen)
-    if example_inputs is not None:
-        give_plan(rewritten, _costed(rewritten, example_inputs)[0])
+    with kept_on_failure(model):
+        with drawing_from(seed) as made_on:
+            insertions = locate(captured, chosen, made_on=made_on)
+        rewritten = insert(captured, insertions)
+        give_plan(rewritten, (plan_of(model) or Plan(())) | chosen)
+        if example_inputs is not None:
+            give_plan(rewritten, _costed(rewritten, example_inputs)[0])
     return rewritten
 
 
@@ -194,7 +203,7 @@ def remove(rewritten: nn.Module) -> nn.Module:
     """The original back: a copy of `rewritten` without blocks, of the original class, with the same keys and tensors.
 
     Raises:
-        SqueezeExciteError: the model isn't a rewritten one.
+        SqueezeExciteError: the model isn't a rewritten one, or is sharded since.
 
     >>> net = nn.Sequential(nn.Conv2d(3, 256, 3), nn.ReLU())
     >>> print(remove(transform(net)))
@@ -204,6 +213,7 @@ def remove(rewritten: nn.Module) -> nn.Module:
     )
     """
     Plan.of(rewritten)
+    check_whole(rewritten)
     model = clone(rewritten)
     for module in list(model.modules()):
         withdraw(module)
@@ -216,6 +226,8 @@ def apply_squeeze_excite(
     latent_channels: float = 64,
     min_channels: int | str = 128,
     optimizers: Optimizer | Iterable[Optimizer] | None = None,
+    *,
+    seed: int | None = None,
 ) -> None:
     """Put Squeeze-and-Excitation blocks after the Conv2d layers of `model`, in place.
 
@@ -228,6 +240,7 @@ def apply_squeeze_excite(
         min_channels: a Conv2d gets a block where it has at least as many *output* channels, or "auto".
         optimizers: one or several; a block's parameters join the parameter group that holds its conv's, or, where
             none does (a frozen conv), the first group of the first optimizer. State gathered so far is kept.
+        seed: draw the blocks' initial weights from this seed alone, as `transform` does.
 
     Raises:
         SqueezeExciteError: an argument is not what is expected; then nothing has been changed.
@@ -235,18 +248,28 @@ def apply_squeeze_excite(
     The interface is that of MosaicML Composer's `apply_squeeze_excite`.
     """
     options = Options(min_channels=min_channels, latent_channels=latent_channels)
+    check_seed(seed)
     chosen_optimizers = as_optimizers(optimizers)
     captured = capture(model)
     chosen = choose(captured, options)
     convs = {site.name: cast("nn.Conv2d", model.get_submodule(site.name)) for site in chosen.sites}
-    blocks = {site.name: new_block(site, {}, convs[site.name]) for site in chosen.sites}
-    join = Joining(
-        chosen_optimizers, [(f"{name}.{CONTAINER}".lstrip("."), convs[name], block) for name, block in blocks.items()]
-    )
-    for name, block in blocks.items():
-        attach(convs[name], block)
-    join.apply()
-    give_plan(model, (plan_of(model) or Plan(())) | chosen)
+    before = plan_of(model)
+    with kept_on_failure(model):
+        with drawing_from(seed) as made_on:
+            blocks = {site.name: new_block(site, {}, convs[site.name], made_on=made_on) for site in chosen.sites}
+        owners = [(f"{name}.{CONTAINER}".lstrip("."), convs[name], block) for name, block in blocks.items()]
+        join = Joining(chosen_optimizers, owners)
+        try:
+            for name, block in blocks.items():
+                attach(convs[name], block)
+            join.apply()
+            give_plan(model, (before or Plan(())) | chosen)
+        except BaseException:  # an interrupt, too
+            for conv in convs.values():
+                withdraw(conv)
+            join.undo()
+            give_plan(model, before)
+            raise
 
 
 # --------------------------------------------------------------------------------------------------------------- helpers
@@ -271,6 +294,7 @@ def _check_alone(plan: Any, options: Options) -> None:
 def _costed(rewritten: nn.Module, example_inputs: Any) -> tuple[Plan, Measurement]:
     """The plan that `rewritten` carries with sizes and costs, and the measurement they come from."""
     known = Plan.of(rewritten)
+    check_whole(rewritten)
     measurement = measure(rewritten, example_inputs, blocks_of(rewritten))
     sites = []
     for site in known.sites:

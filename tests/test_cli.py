@@ -85,6 +85,17 @@ def test_transform_and_read_back(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert main(["transform", spec, "--min-channels", "5000", "--save", str(saved)]) == 1
 
 
+def test_transform_from_a_seed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    saved = tmp_path / "se.pt"
+    assert main(["transform", f"{__name__}:build", "--seed", "7", "--save", str(saved)]) == 0
+    state = torch.load(saved, weights_only=True)["state_dict"]
+    drawn = se_fx.transform(build(), seed=7).squeeze_excite.state_dict()
+    assert drawn
+    assert all(torch.equal(state[f"squeeze_excite.{key}"], value) for key, value in drawn.items())
+    assert main(["transform", f"{__name__}:build", "--seed", "-1", "--save", str(saved)]) == 2
+    assert "seed=-1: expected an integer" in capsys.readouterr().err
+
+
 def test_bench(capsys: pytest.CaptureFixture[str]) -> None:
     spec = f"{__name__}:build"
     assert main(["bench", spec, "--input", "1,3,8,8", "--rounds", "2", "--batch-sizes", "1", "2", "--json"]) == 0

@@ -1,0 +1,444 @@
+"""Lightning's real Trainer with our callback: in every order of calls, with checkpoints, averages, compilers and ranks."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+import torchmetrics
+import torchvision
+from lightning.pytorch.callbacks import Callback, EMAWeightAveraging, StochasticWeightAveraging
+from lightning.pytorch.loggers import CSVLogger
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
+
+import se_fx
+from se_fx import SqueezeExciteError
+from se_fx.integrations.lightning import SqueezeExcite
+
+OPTIONS: dict[str, Any] = {"min_channels": 16, "latent_channels": 4}
+
+
+class Net(L.LightningModule):
+    """timm's smallest ResNet after a conv that hangs on the module itself, with a metric."""
+
+    def __init__(self, lr: float = 0.01) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        self.stem = nn.Conv2d(3, 16, 3, padding=1)
+        self.model = timm.create_model("test_resnet", num_classes=10, in_chans=16)
+        self.accuracy = torchmetrics.Accuracy("multiclass", num_classes=10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.model(self.stem(x))
+
+    def training_step(self, batch: list[Tensor], index: int) -> Tensor:
+        return F.cross_entropy(self(batch[0]), batch[1])
+
+    def validation_step(self, batch: list[Tensor], index: int) -> None:
+        self.accuracy(self(batch[0]), batch[1])
+        self.log("accuracy", self.accuracy)
+
+    test_step = validation_step
+
+    def predict_step(self, batch: list[Tensor], index: int) -> Tensor:
+        return self(batch[0])
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=self.hparams.lr, momentum=0.9)
+
+
+class Small(Net):
+    """Two convs, for what needs no real network."""
+
+    def __init__(self, lr: float = 0.01) -> None:
+        super().__init__(lr)
+        self.stem = nn.Identity()
+        convs = nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 16, 1)
+        self.model = nn.Sequential(*convs, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 10))
+
+
+def data() -> DataLoader:
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(16, 3, 32, 32, generator=generator)
+    return DataLoader(TensorDataset(images, torch.arange(16) % 10), 8)
+
+
+def trainer(path: Path, *callbacks: Callback, epochs: int = 1, **settings: Any) -> L.Trainer:
+    settings = {"logger": False, "devices": 1, "enable_checkpointing": False, **settings}
+    return L.Trainer(
+        accelerator="cpu",
+        callbacks=list(callbacks),
+        max_epochs=epochs,
+        default_root_dir=path,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        **settings,
+    )
+
+
+def fitted(path: Path, module: L.LightningModule, epochs: int = 1, **options: Any) -> Path:
+    """A checkpoint of `module` after training with the callback."""
+    training = trainer(path, SqueezeExcite(**{**OPTIONS, **options}), epochs=epochs)
+    training.fit(module, data())
+    training.save_checkpoint(path / "last.ckpt")
+    return path / "last.ckpt"
+
+
+def blocks(module: nn.Module) -> dict[str, Tensor]:
+    return {name: p for name, p in module.state_dict().items() if "squeeze_excite" in name.split(".")}
+
+
+def assert_equal_weights(a: nn.Module, b: nn.Module) -> None:
+    torch.testing.assert_close(a.state_dict(), b.state_dict(), rtol=0, atol=0)
+
+
+def test_fit_replaces_children_and_trains_their_blocks(tmp_path: Path) -> None:
+    module, plain, logger = Net(), Net(), CSVLogger(tmp_path)
+    training = trainer(tmp_path, SqueezeExcite(**OPTIONS, seed=3), logger=logger)
+    training.fit(module, data(), data())
+
+    convs = {name for name, m in plain.named_modules() if isinstance(m, nn.Conv2d) and m.out_channels >= 16}
+    assert {site.name for site in module.squeeze_excite_plan.sites} == convs
+    assert type(module) is Net
+    assert set(plain.state_dict()) == set(module.state_dict()) - set(blocks(module))
+    assert len(blocks(module)) == 2 * len(convs)
+    held = {id(p) for group in training.optimizers[0].param_groups for p in group["params"]}
+    assert held == {id(p) for p in module.parameters()}
+    fresh = Net()
+    SqueezeExcite(**OPTIONS, seed=3).rewrite(fresh)
+    assert all(not torch.equal(blocks(fresh)[name], p) for name, p in blocks(module).items())  # trained
+    assert logger.experiment.hparams == {"lr": 0.01, "squeeze_excite/num_squeeze_excite_layers": len(convs)}
+
+
+def test_resuming_equals_an_uninterrupted_run(tmp_path: Path) -> None:
+    torch.manual_seed(1)
+    whole = Small()
+    fitted(tmp_path / "whole", whole, epochs=2)
+    torch.manual_seed(1)
+    path = fitted(tmp_path / "half", Small(), epochs=1)
+    resumed = Small()
+    trainer(tmp_path, SqueezeExcite(**OPTIONS), epochs=2).fit(resumed, data(), ckpt_path=path)
+    assert_equal_weights(resumed, whole)
+
+
+def test_every_order_of_calls_on_fresh_trainers_inserts_once(tmp_path: Path) -> None:
+    module = Small()
+    calls = ["predict", "fit", "validate", "test", "fit", "predict"]
+    for call in calls:
+        callback = SqueezeExcite(**OPTIONS)
+        getattr(trainer(tmp_path, callback), call)(module, data())
+        names = list(module.state_dict())
+        assert callback.plan is module.squeeze_excite_plan
+        assert len(blocks(module)) == 2 * len(callback.plan)
+    assert names == list(dict.fromkeys(names))
+
+    path, expected = fitted(tmp_path, module), module.eval()(torch.ones(1, 3, 32, 32))
+    other = Small()
+    (first, *_) = trainer(tmp_path, SqueezeExcite(**OPTIONS)).predict(other, data(), ckpt_path=path)
+    assert torch.equal(other.eval()(torch.ones(1, 3, 32, 32)), expected)
+    assert torch.equal(first, module(next(iter(data()))[0]))
+
+
+class Restoring(Small):
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        SqueezeExcite.restore(self, checkpoint)
+
+
+def test_inference_without_a_trainer(tmp_path: Path) -> None:
+    module = Restoring(lr=0.5)
+    path = fitted(tmp_path, module, placement="norm", overrides={"model.0": {"latent_channels": 8}})
+
+    loaded = Restoring.load_from_checkpoint(path)
+    assert loaded.hparams.lr == 0.5
+    checkpoint = torch.load(path, weights_only=True)
+    by_hand = Small(**checkpoint["hyper_parameters"])
+    SqueezeExcite.restore(by_hand, checkpoint)
+    by_hand.load_state_dict(checkpoint["state_dict"])
+    for other in (loaded, by_hand, copy.deepcopy(by_hand), pickle.loads(pickle.dumps(loaded))):
+        assert_equal_weights(other, module)
+        assert torch.equal(other.eval()(torch.ones(2, 3, 32, 32)), module.eval()(torch.ones(2, 3, 32, 32)))
+    with pytest.raises(RuntimeError, match="Unexpected key"):
+        Small.load_from_checkpoint(path)
+
+
+def test_a_checkpoint_of_the_plain_module_loads_as_the_module_wants(tmp_path: Path) -> None:
+    plain = Restoring()
+    training = trainer(tmp_path)
+    training.fit(plain, data())
+    training.save_checkpoint(tmp_path / "plain.ckpt")
+    assert_equal_weights(Restoring.load_from_checkpoint(tmp_path / "plain.ckpt"), plain)  # nothing to restore
+
+    module = Small()
+    with pytest.raises(RuntimeError, match="Missing key"):
+        trainer(tmp_path, SqueezeExcite(**OPTIONS)).validate(module, data(), ckpt_path=tmp_path / "plain.ckpt")
+    module.strict_loading = False
+    trainer(tmp_path, SqueezeExcite(**OPTIONS)).validate(module, data(), ckpt_path=tmp_path / "plain.ckpt")
+    assert torch.equal(module.model[0].weight, plain.model[0].weight)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"latent_channels": 8},
+            r"state_dict: its .* blocks are not .*; model.0.* has \(4, 16\) there, and \(8, 16\) in the module",
+        ),
+        ({"where": "model.3"}, r"state_dict: .*model.0.squeeze_excite.fc1.weight has \(4, 16\) there, and none in the module"),
+        (
+            {"gate": "hardsigmoid"},
+            r"checkpoint: .* at 'model.0' it has \{'gate': 'sigmoid'\}, the module \{'gate': 'hardsigmoid'\}",
+        ),
+    ],
+)
+def test_resuming_with_other_options_raises(tmp_path: Path, options: dict[str, Any], message: str) -> None:
+    path = fitted(tmp_path, Small())
+    with pytest.raises(SqueezeExciteError, match=message):
+        trainer(tmp_path, SqueezeExcite(**{**OPTIONS, **options})).fit(Small(), data(), ckpt_path=path)
+    other = Small()
+    SqueezeExcite(**{**OPTIONS, **options}).rewrite(other)
+    with pytest.raises(SqueezeExciteError, match="saved with other blocks"):
+        SqueezeExcite.restore(other, torch.load(path))
+
+
+class Distance(torchmetrics.Metric):
+    """A metric that holds a network, as those of perception do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.network = nn.Conv2d(3, 16, 1)
+
+    def update(self, images: Tensor) -> None: ...
+
+    def compute(self) -> None: ...
+
+
+def test_children_of_every_kind() -> None:
+    module = L.LightningModule()
+    module.backbone = torchvision.models.resnet18()
+    module.features = nn.Sequential(module.backbone.conv1, module.backbone.bn1, nn.ReLU(), module.backbone.layer1)
+    module.alias = module.backbone
+    module.heads = nn.ModuleList([nn.Conv2d(64, 512, 1), nn.Linear(2, 2)])
+    module.other = L.LightningModule()
+    module.other.net = nn.Conv2d(3, 512, 1)
+    module.mine = se_fx.transform(nn.Sequential(nn.Conv2d(3, 512, 1)), min_channels=512)
+    module.distance, module.nothing = Distance(), None
+    module.linear = linear = nn.Linear(2, 2)
+    parameters, x = dict(module.named_parameters()), torch.randn(2, 3, 64, 64)
+
+    SqueezeExcite(min_channels=1, init="identity").rewrite(module)
+
+    assert {name: p for name, p in module.named_parameters() if name in parameters} == parameters
+    assert module.alias is module.backbone
+    assert module.features[0] is module.backbone.conv1
+    assert module.features[3] is module.backbone.layer1
+    assert module.linear is linear
+    assert not blocks(module.distance)
+    assert len(blocks(module.mine)) == 2
+    assert not any(site.name.startswith("mine") for site in module.squeeze_excite_plan.sites)
+    assert len(module.squeeze_excite_plan.only("backbone.*")) == 20
+    assert module.features(x).shape == (2, 64, 32, 32)
+    assert module.backbone.eval()(x).shape == (2, 1000)
+
+
+def test_a_module_whose_only_network_is_rewritten_already(tmp_path: Path) -> None:
+    module = Small()
+    module.model = rewritten = se_fx.transform(module.model, **OPTIONS)
+    path = fitted(tmp_path, module)
+    assert module.model is rewritten
+    assert len(blocks(module)) == 4
+    SqueezeExcite.restore(module, torch.load(path))
+    module.load_state_dict(torch.load(path)["state_dict"])
+
+
+def test_a_placement_in_graphs_finds_the_norms_of_a_sequential_and_convs_need_none(tmp_path: Path) -> None:
+    class Iterating(Small):
+        def forward(self, x: Tensor) -> Tensor:
+            for layer in self.model:
+                x = layer(x)
+            return x
+
+    module = Iterating()
+    trainer(tmp_path, SqueezeExcite(**OPTIONS)).fit(module, data())
+    assert list(blocks(module)) == [f"model.{i}.squeeze_excite.fc{j}.weight" for i in (0, 3) for j in (1, 2)]
+    assert all(p.grad is not None for p in module.parameters())
+    module = Small()
+    SqueezeExcite(**OPTIONS, placement="norm").rewrite(module)
+    assert list(blocks(module)) == ["model.squeeze_excite.0.fc1.weight", "model.squeeze_excite.0.fc2.weight"]
+
+
+def test_blocks_that_no_step_reaches_are_named(tmp_path: Path) -> None:
+    class Past(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.model.forward_head(self.model.forward_features(self.stem(x)))
+
+    with pytest.warns(
+        UserWarning, match=r"parameters of .* blocks, 'model\.squeeze_excite\.conv1.* had no gradient in this epoch"
+    ):
+        trainer(tmp_path, SqueezeExcite(**OPTIONS)).fit(Past(), data())
+    module = Past()
+    se_fx.apply_squeeze_excite(module, 4, 16)  # what the warning says
+    trainer(tmp_path).fit(module, data())
+    assert all(p.grad is not None for p in module.parameters())
+
+
+def test_models_built_by_hooks(tmp_path: Path) -> None:
+    class Late(Small):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model, self.built = None, 0
+
+        def build(self) -> None:
+            self.model = Small().model
+            self.built += 1
+
+        def configure_model(self) -> None:
+            if self.model is None:
+                self.build()
+
+    module = Late()
+    path = fitted(tmp_path, module)
+    assert len(blocks(module)) == 4
+    assert module.built == 1
+    fitted(tmp_path, module)
+    again = Late()
+    trainer(tmp_path, SqueezeExcite(**OPTIONS)).validate(again, data(), ckpt_path=path)
+    assert len(blocks(again)) == 4
+
+    class InSetup(Late):
+        configure_model = L.LightningModule.configure_model
+
+        def setup(self, stage: str) -> None:
+            self.build()
+
+    with pytest.raises(
+        SqueezeExciteError, match="InSetup holds no Conv2d; build its networks in __init__ or in configure_model"
+    ):
+        trainer(tmp_path, SqueezeExcite(**OPTIONS)).fit(InSetup(), data())
+
+
+def test_averages_hold_the_blocks_where_they_copy_a_rewritten_module(tmp_path: Path) -> None:
+    module, average = Small(), EMAWeightAveraging(decay=0.5)
+    training = trainer(tmp_path, SqueezeExcite(**OPTIONS), average, StochasticWeightAveraging(0.01, 1), epochs=2)
+    training.fit(module, data())
+    assert set(blocks(average._average_model.module)) == set(blocks(module))
+    assert_equal_weights(average._average_model.module, module)  # the average is copied back when training ends
+    for other in (EMAWeightAveraging(), StochasticWeightAveraging(0.01, 1)):
+        with pytest.raises(SqueezeExciteError, match=f"put SqueezeExcite before {type(other).__name__}"):
+            trainer(tmp_path, other, SqueezeExcite(**OPTIONS)).fit(Small(), data())
+
+
+def test_a_compiled_module_trains_alike(tmp_path: Path) -> None:
+    torch.manual_seed(1)
+    eager = Small()
+    trainer(tmp_path, SqueezeExcite(**OPTIONS)).fit(eager, data())
+    torch.manual_seed(1)
+    compiled = Small()
+    trainer(tmp_path, SqueezeExcite(**OPTIONS)).fit(torch.compile(compiled, backend="eager"), data())
+    assert len(blocks(compiled)) == 4
+    torch.testing.assert_close(compiled.state_dict(), eager.state_dict())  # graphs may fuse the loss otherwise
+
+
+def test_the_other_packages_trainer(tmp_path: Path) -> None:
+    import pytorch_lightning
+
+    class Other(pytorch_lightning.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = Small().model
+
+        def training_step(self, batch: list[Tensor], index: int) -> Tensor:
+            return F.cross_entropy(self.model(batch[0]), batch[1])
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.SGD(self.parameters(), lr=0.1)
+
+    module = Other()
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
+    pytorch_lightning.Trainer(accelerator="cpu", callbacks=[SqueezeExcite(**OPTIONS)], max_epochs=1, **quiet).fit(
+        module, data()
+    )
+    assert len(blocks(module)) == 4
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"min_channels": 17}, r"no Conv2d of Small qualifies for a block \(model.0: 16 output channels < min_channels=17\)"),
+        ({"min_channels": 0}, "min_channels=0: "),
+        ({"latent": 3}, "latent: there is no such option"),
+        ({"where": "layer9.*"}, "where"),
+    ],
+)
+def test_bad_options_change_nothing(tmp_path: Path, options: dict[str, Any], message: str) -> None:
+    module = Small()
+    children = dict(module.named_children())
+    with pytest.raises(SqueezeExciteError, match=message):
+        trainer(tmp_path, SqueezeExcite(**options)).fit(module, data())
+    assert dict(module.named_children()) == children
+
+
+def test_spawned_processes_need_a_module_that_is_rewritten_before(tmp_path: Path) -> None:
+    callback, module = SqueezeExcite(**OPTIONS), Small()
+    spawning = trainer(tmp_path, callback, strategy="ddp_spawn", devices=2)
+    with pytest.raises(SqueezeExciteError, match=r"spawned or forked.*rewrite\(module\) before trainer.fit"):
+        callback.setup(spawning, module, "fit")
+    callback.rewrite(module)
+    callback.setup(spawning, module, "fit")
+    assert len(blocks(pickle.loads(pickle.dumps(module)))) == 4
+
+
+class Squeezed(Net):
+    """torchvision's SqueezeNet, which has no batch norm: one step's weights don't depend on how its batch is spread."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.path, self.stem = path, nn.Identity()
+        self.model = torchvision.models.squeezenet1_1(num_classes=10, dropout=0.0)
+
+    def train_dataloader(self) -> DataLoader:
+        dataset, ranks = data().dataset, self.trainer.world_size
+        sampler = DistributedSampler(dataset, ranks, self.global_rank, shuffle=False)
+        return DataLoader(dataset, 8 // ranks, sampler=sampler)
+
+    def setup(self, stage: str) -> None:  # after the callback's; before DDP makes weights equal
+        torch.save(blocks(self), self.path / f"inserted{self.global_rank}.pt")
+
+    def on_train_end(self) -> None:
+        torch.save(self.state_dict(), self.path / f"trained{self.global_rank}.pt")
+
+
+def train_on(ranks: int, path: Path) -> None:
+    module = Squeezed(path)
+    settings = {"strategy": "ddp", "devices": 2, "use_distributed_sampler": False} if ranks == 2 else {}
+    trainer(path, SqueezeExcite(min_channels=128, latent_channels=4), **settings).fit(module)
+
+
+def test_two_ranks_insert_equal_blocks_and_train_as_one(tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+    torch.manual_seed(0)
+    train_on(1, tmp_path / "one")
+    subprocess.run([sys.executable, __file__, str(tmp_path / "two")], check=True, capture_output=True, timeout=300)
+    for name in ("inserted", "trained"):
+        one, first, second = (torch.load(tmp_path / file) for file in (f"one/{name}0.pt", f"two/{name}0.pt", f"two/{name}1.pt"))
+        assert len(one) > 0
+        torch.testing.assert_close(first, second, rtol=0, atol=0)
+        torch.testing.assert_close(first, one, rtol=1e-5, atol=1e-5)  # gradients are summed in another order
+
+
+if __name__ == "__main__":  # one rank of two; Lightning starts the other
+    import os
+
+    torch.set_num_threads(1)
+    torch.manual_seed(int(os.environ.get("LOCAL_RANK", 0)))  # ranks that seed themselves differently
+    train_on(2, Path(sys.argv[1]))
