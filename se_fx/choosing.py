@@ -18,7 +18,7 @@ from se_fx.errors import SqueezeExciteError
 from se_fx.insertion import CONTAINER, Insertion
 from se_fx.options import Options, Where, matches
 from se_fx.placement import ELSEWHERE, PLACEMENTS, Policy, Spot
-from se_fx.plan import Callables, Plan, Site, Skip, parameters_only, plan_of
+from se_fx.plan import Callables, Plan, Site, Skip, parameters_only, plan_within
 
 __all__ = ["choose", "fit", "locate", "new_block"]
 
@@ -128,13 +128,13 @@ def _with_model(plan: Plan, capture: Capture) -> Plan:
 
 def _there(capture: Capture) -> Plan:
     """The blocks that the model has already."""
-    return plan_of(capture.model) or Plan(())
+    return plan_within(capture.model) or Plan(())
 
 
 def _convs(capture: Capture) -> dict[str, nn.Conv2d]:
     """The model's own Conv2d layers by qualified name; not those of blocks."""
     convs = {name: module for name, module in capture.model.named_modules() if isinstance(module, nn.Conv2d)}
-    there = plan_of(capture.model)
+    there = plan_within(capture.model)
     return {name: conv for name, conv in convs.items() if there is None or CONTAINER not in name.split(".")}
 
 

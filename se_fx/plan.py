@@ -16,7 +16,18 @@ from se_fx.errors import SqueezeExciteError
 from se_fx.options import matches
 from se_fx.placement import PLACEMENTS
 
-__all__ = ["Callables", "Plan", "Site", "Skip", "give_plan", "parameters_only", "percent", "plan_of", "site_table"]
+__all__ = [
+    "Callables",
+    "Plan",
+    "Site",
+    "Skip",
+    "give_plan",
+    "parameters_only",
+    "percent",
+    "plan_of",
+    "plan_within",
+    "site_table",
+]
 
 _VERSION = 1
 _ATTRIBUTE = "_squeeze_excite_plan"  # of a rewritten model
@@ -331,6 +342,18 @@ def plan_of(model: nn.Module) -> Plan | None:
     """The plan that a rewritten model carries; None for other models."""
     plan = model.__dict__.get(_ATTRIBUTE)
     return plan if isinstance(plan, Plan) else None
+
+
+def plan_within(model: nn.Module) -> Plan | None:
+    """The plan that a model carries, joined with those that modules within it carry, which were rewritten before."""
+    found = plan_of(model)
+    for path, module in model.named_modules():
+        inner = plan_of(module) if path else None
+        if inner is not None:
+            sites = tuple(dataclasses.replace(site, name=f"{path}.{site.name}".rstrip(".")) for site in inner.sites)
+            outer = Plan(sites, callables=inner.callables)
+            found = outer if found is None else found | outer
+    return found
 
 
 def give_plan(model: nn.Module, plan: Plan | None) -> None:

@@ -20,7 +20,7 @@ from se_fx.optimization import Optimization, optimization_of
 from se_fx.optimizers import Joining, as_optimizers
 from se_fx.options import BlockFactory, Function, Options, Overrides, Where
 from se_fx.placement import Policy
-from se_fx.plan import Plan, give_plan, plan_of
+from se_fx.plan import Plan, give_plan, plan_of, plan_within
 from se_fx.randomness import check_seed, drawing_from, kept_on_failure
 from se_fx.regions import clone, graphs_of, own_class
 from se_fx.report import Report
@@ -110,7 +110,7 @@ def transform(
         with drawing_from(seed) as made_on:
             insertions = locate(captured, chosen, made_on=made_on)
         rewritten = insert(captured, insertions)
-        give_plan(rewritten, (plan_of(model) or Plan(())) | chosen)
+        give_plan(rewritten, (plan_within(model) or Plan(())) | chosen)
         if example_inputs is not None:
             give_plan(rewritten, _costed(rewritten, example_inputs)[0])
     return rewritten
@@ -217,7 +217,7 @@ def remove(rewritten: nn.Module) -> nn.Module:
     model = clone(rewritten)
     for module in list(model.modules()):
         withdraw(module)
-    give_plan(model, None)
+        give_plan(module, None)
     return model
 
 
@@ -263,7 +263,7 @@ def apply_squeeze_excite(
             for name, block in blocks.items():
                 attach(convs[name], block)
             join.apply()
-            give_plan(model, (before or Plan(())) | chosen)
+            give_plan(model, (plan_within(model) or Plan(())) | chosen)
         except BaseException:  # an interrupt, too
             for conv in convs.values():
                 withdraw(conv)

@@ -10,7 +10,7 @@ import threading
 import pytest
 import torch
 import torchvision
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 import se_fx
 from se_fx import SqueezeExciteError
@@ -480,3 +480,42 @@ def test_other_threads_may_transform_and_run_models_meanwhile() -> None:
     x = torch.randn(2, 3, 64, 64)
     for index, model in enumerate(models):
         assert torch.equal(results[index].eval()(x), model.eval()(x))
+
+
+class Around(nn.Module):
+    """A model around another."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner, self.head = inner, nn.Conv2d(16, 32, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.inner(x))
+
+
+class Choosing(Around):
+    """It runs its own code."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) if x.isfinite().any() else x
+
+
+@pytest.mark.parametrize("kind", [Around, Choosing])
+@pytest.mark.parametrize("inner", [nn.Sequential(nn.Conv2d(3, 16, 1), nn.ReLU()), nn.Conv2d(3, 16, 1)], ids=["graph", "conv"])
+def test_blocks_of_modules_within_are_kept(kind: type[Around], inner: nn.Module) -> None:
+    model = kind(se_fx.transform(inner, min_channels=1, latent_channels=4)).eval()
+    x = torch.randn(2, 3, 8, 8)
+    expected = model(x)
+    rewritten = se_fx.transform(model, min_channels=1, latent_channels=4, init="identity")
+    kept = rewritten.state_dict(keep_vars=True)
+    assert all(kept[key] is value for key, value in model.state_dict(keep_vars=True).items())
+    assert torch.equal(rewritten(x), expected)
+    names = {name for name, module in model.named_modules() if isinstance(module, nn.Conv2d)}
+    for each in (rewritten, se_fx.transform(rewritten, min_channels=1), copy.deepcopy(rewritten)):
+        assert {site.name for site in se_fx.Plan.of(each).sites} == names
+    report = se_fx.report(rewritten, x)
+    assert report.added.params == 2 * 16 * 4 + 2 * 32 * 4
+    assert report.base.params == sum(p.numel() for p in kind(inner).parameters())
+    assert se_fx.remove(rewritten).state_dict().keys() == kind(inner).state_dict().keys()
+    se_fx.apply_squeeze_excite(model, min_channels=1)
+    assert {site.name for site in se_fx.Plan.of(model).sites} == names
