@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Iterator
+from unittest import mock
 
 import pytest
 import torch
 from torch import nn
+
+from se_fx import blocks, cost, placement, rewrites
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)
@@ -15,6 +20,15 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def tables() -> Iterator[None]:
+    """Se_fx's tables, which users may add to: what is added is taken out again."""
+    with contextlib.ExitStack() as stack:
+        for table in (blocks.BLOCKS, blocks.GATES, blocks.ACTIVATIONS, placement.PLACEMENTS, cost.RULES, rewrites.REWRITES):
+            stack.enter_context(mock.patch.dict(table))
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -38,6 +38,11 @@ def model(request: pytest.FixtureRequest, kind: str) -> nn.Module:
     return WAYS[request.param](KINDS[kind]())
 
 
+@pytest.fixture
+def of_each_kind(kind: str) -> nn.Module:
+    return WAYS["conv, default"](KINDS[kind]())
+
+
 def compiled(model: nn.Module, dynamic: bool | None = None) -> Callable[..., Tensor]:
     """The model as one graph; raises where it would be several."""
     return torch.compile(model, backend="aot_eager", fullgraph=True, dynamic=dynamic)
@@ -99,7 +104,8 @@ def test_gradients_are_those_of_eager_mode(model: nn.Module) -> None:
     assert changed
 
 
-def test_channels_last(model: nn.Module) -> None:
+def test_channels_last(of_each_kind: nn.Module) -> None:
+    model = of_each_kind
     model.to(memory_format=torch.channels_last)
     twin, x = copy.deepcopy(model), X.contiguous(memory_format=torch.channels_last)
     run = compiled(model)
@@ -177,7 +183,8 @@ def test_freezing_and_unfreezing_compiles_once_more(kind: str) -> None:
 
 
 # ------------------------------------------------------------------------------------------------- ways to be compiled
-def test_compiled_in_place_keeps_keys_and_class(model: nn.Module) -> None:
+def test_compiled_in_place_keeps_keys_and_class(of_each_kind: nn.Module) -> None:
+    model = of_each_kind
     keys, kind, twin = list(model.state_dict()), type(model), copy.deepcopy(model)
     model.compile(backend="aot_eager", fullgraph=True)
     assert_trains_alike(model, twin, model, X)
@@ -185,7 +192,8 @@ def test_compiled_in_place_keeps_keys_and_class(model: nn.Module) -> None:
     assert compilations() == 1
 
 
-def test_a_functional_step_is_one_graph(model: nn.Module) -> None:
+def test_a_functional_step_is_one_graph(of_each_kind: nn.Module) -> None:
+    model = of_each_kind
     twin = copy.deepcopy(model)
 
     @torch.compile(backend="aot_eager", fullgraph=True)
@@ -205,7 +213,7 @@ def test_a_functional_step_is_one_graph(model: nn.Module) -> None:
 def test_a_whole_step_breaks_no_more_than_the_originals(kind: str) -> None:
     breaks, losses = [], []
     original = KINDS[kind]()
-    for model in (original, WAYS["conv, default"](copy.deepcopy(original)), WAYS["in place"](copy.deepcopy(original))):
+    for model in (original, WAYS["conv, default"](copy.deepcopy(original))):
         torch.compiler.reset()
         counters.clear()
         optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
@@ -218,9 +226,9 @@ def test_a_whole_step_breaks_no_more_than_the_originals(kind: str) -> None:
             optimizer.step()
             return loss.detach()
 
-        losses.append([step(X).item() for _ in range(4)])
+        losses.append([step(X).item() for _ in range(3)])
         breaks.append(sum(counters["graph_break"].values()))
-    assert breaks[1:] == breaks[:1] * 2
+    assert breaks[1] == breaks[0]
     assert all(each[-1] < each[0] for each in losses)
 
 
@@ -232,8 +240,7 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
 }
 
 
-@pytest.mark.parametrize("way", ["transform", "in place"])
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize(("name", "way"), [*((name, "transform") for name in NETWORKS), ("timm's test_resnet", "in place")])
 def test_networks_of_others_train(name: str, way: str) -> None:
     model = NETWORKS[name]()
     if way == "in place":

@@ -13,15 +13,13 @@ import shlex
 import subprocess
 import sys
 import zlib
-from collections.abc import Iterator
 from pathlib import Path
-from unittest import mock
 
 import pytest
 import torch
 
 import se_fx
-from se_fx import blocks, cli, cost, placement, rewrites
+from se_fx import cli
 
 ROOT = Path(__file__).parents[1]
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
@@ -47,15 +45,6 @@ def blocks_of(page: Path) -> list[tuple[str, str]]:
 
 def with_blocks(*languages: str) -> list[Path]:
     return [page for page in PAGES if any(language in languages for language, _ in blocks_of(page))]
-
-
-@pytest.fixture
-def tables() -> Iterator[None]:
-    """Pages may add to se_fx's tables: what they add is taken out again."""
-    with contextlib.ExitStack() as stack:
-        for table in (blocks.BLOCKS, blocks.GATES, blocks.ACTIVATIONS, placement.PLACEMENTS, cost.RULES, rewrites.REWRITES):
-            stack.enter_context(mock.patch.dict(table))
-        yield
 
 
 @pytest.mark.usefixtures("tables")

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import struct
 from pathlib import Path
+from types import ModuleType
 
 import comparison
 import custom_attention
-import custom_placement
 import digits
 import finetune
 import matplotlib.image
@@ -226,13 +227,19 @@ def test_custom_attention(capsys: pytest.CaptureFixture[str]) -> None:
     assert f"+{by_hand}" in rows["timm's eca"]
 
 
+@pytest.fixture
+def custom_placement(tables: None) -> ModuleType:
+    """The example, whose policies are in se_fx's table while a test runs."""
+    return importlib.reload(importlib.import_module("custom_placement"))
+
+
 # ----------------------------------------------------------------------------------------------------------- own placement
-def test_stage_ends() -> None:
+def test_stage_ends(custom_placement: ModuleType) -> None:
     report = custom_placement.main(["stage_ends", "--model", "resnet18"])["stage_ends"]
     assert [site.name for site in report.sites] == [f"layer{stage}.1.conv2" for stage in (1, 2, 3, 4)]
 
 
-def test_concatenated(tmp_path: Path) -> None:
+def test_concatenated(tmp_path: Path, custom_placement: ModuleType) -> None:
     path = tmp_path / "plan.json"
     report = custom_placement.main(["concatenated", "--save", str(path)])["concatenated"]
     fires = {name: m for name, m in torchvision.models.squeezenet1_1().named_modules() if isinstance(m, Fire)}
@@ -241,7 +248,7 @@ def test_concatenated(tmp_path: Path) -> None:
     assert [site.name for site in se_fx.Plan.from_dict(json.loads(path.read_text())).sites] == list(expected)
 
 
-def test_depthwise_and_strided() -> None:
+def test_depthwise_and_strided(custom_placement: ModuleType) -> None:
     reports = custom_placement.main(["depthwise", "strided"])
     convs = torchvision.models.mobilenet_v2().named_modules()
     depthwise = [name for name, module in convs if isinstance(module, nn.Conv2d) and module.groups > 1]

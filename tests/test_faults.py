@@ -149,12 +149,10 @@ def watched(calls: Calls, error: BaseException | None = None, function: str = ""
 Operation = Callable[[nn.Module, list[torch.optim.Optimizer]], Any]
 OPTIONS = {"min_channels": 1, "latent_channels": 2}
 OPERATIONS: dict[str, Operation] = {
-    "transform": lambda model, _: se_fx.transform(model, example_inputs=X, seed=0, **OPTIONS),
-    "transform, residual": lambda model, _: se_fx.transform(model, placement="residual", **OPTIONS),
+    "transform": lambda model, _: se_fx.transform(model, placement="residual", seed=0, **OPTIONS),
     "plan": lambda model, _: se_fx.plan(model, example_inputs=X, **OPTIONS),
     "apply": lambda model, optimizers: se_fx.apply_squeeze_excite(model, 2, 1, optimizers),
-    "suggest": lambda model, _: se_fx.suggest(model),
-    "optimize": lambda model, _: se_fx.optimize_for_inference(model.eval(), X),
+    "optimize": lambda model, _: se_fx.optimize_for_inference(model.eval()),
 }
 
 
@@ -167,31 +165,31 @@ def run(operation: Operation, model: nn.Module, optimizers: list[torch.optim.Opt
     return False
 
 
-@pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError], ids=lambda error: error.__name__)
-@pytest.mark.parametrize("name", OPERATIONS)
-def test_an_error_anywhere_leaves_everything_as_it_was(name: str, error: type[BaseException]) -> None:
-    operation, calls = OPERATIONS[name], Calls()
+def prepared(name: str) -> tuple[nn.Module, list[torch.optim.Optimizer]]:
     model = network()
-    with watched(calls):
-        operation(model, optimizers_of(model))
-    places = {(function, number) for function, last in calls.items() for number in (1, last)}
-    model, faults = network(), []
     optimizers = optimizers_of(model)
-    if name == "optimize":
-        model.eval()
-    raised = 0
-    for function, number in sorted(places):
+    return (model.eval() if name == "optimize" else model), optimizers
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_an_error_anywhere_leaves_everything_as_it_was(name: str) -> None:
+    """An interrupt at the start of each function, when it is called first; no memory at that of some, when called last."""
+    calls, model, optimizers = Calls(), *prepared(name)
+    with watched(calls):
+        OPERATIONS[name](model, optimizers)
+    places = [(KeyboardInterrupt, function, 1) for function in calls]
+    places += [(MemoryError, function, calls[function]) for function in sorted(calls)[::4]]
+    model, optimizers = prepared(name)
+    raised, faults = 0, []
+    for error, function, number in places:
         before = world(model, optimizers)
         with watched(Calls(), error("injected"), function, number):
-            failed = run(operation, model, optimizers, error)
+            failed = run(OPERATIONS[name], model, optimizers, error)
         raised += failed
         changed = difference(before, world(model, optimizers))
         if failed and changed:
-            faults.append((function, number, changed))
-        if changed or not failed:  # in place, and it succeeded all the same: on with another
-            model = network()
-            optimizers = optimizers_of(model)
-            if name == "optimize":
-                model.eval()
+            faults.append((error.__name__, function, number, changed))
+        if changed:
+            model, optimizers = prepared(name)
     assert not faults, "\n".join(map(str, faults))
     assert raised > len(places) / 2

@@ -260,7 +260,7 @@ def test_what_was_done_is_reported() -> None:
     [
         (lambda model: model.train(), {}, r"training mode: call model\.eval\(\)"),
         (lambda model: "resnet", {}, "model=str: expected an nn.Module"),
-        (lambda model: torch.compile(model), {}, "compiled or wrapped"),
+        (lambda model: torch.compile(model), {}, "compiled already"),
         (lambda model: model, {"rewrites": ["hoist_squeeze"]}, "did you mean 'hoist_squeezes'"),
         (lambda model: model, {"rewrites": "fold_norms"}, "expected names in a list"),
         (lambda model: model, {"rewrites": [3]}, "expected some of 'constant_gates'"),
