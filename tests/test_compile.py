@@ -33,9 +33,12 @@ def kind(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
-@pytest.fixture(params=["conv, default", "residual, identity", "in place"])
-def model(request: pytest.FixtureRequest, kind: str) -> nn.Module:
-    return WAYS[request.param](KINDS[kind]())
+@pytest.fixture(
+    params=[*((kind, "residual, identity") for kind in KINDS), *(("split", way) for way in ("conv, default", "in place"))]
+)
+def model(request: pytest.FixtureRequest) -> nn.Module:
+    kind, way = request.param
+    return WAYS[way](KINDS[kind]())
 
 
 @pytest.fixture

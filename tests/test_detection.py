@@ -56,6 +56,7 @@ def test_trains_a_step_and_detects_as_before(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", DETECTORS)
+@torch.no_grad()
 def test_the_backbone_compiles_as_one_graph(name: str) -> None:
     rewritten = se_fx.transform(detector(name).eval(), min_channels=64, latent_channels=8)
     x = torch.rand(1, 3, 64, 64)

@@ -129,6 +129,9 @@ def test_onnx_with_any_batch(kind: str, few: str, tmp_path: Path) -> None:
     assert_onnx_close(export(model), model, X, tmp_path / "model.onnx")
 
 
+QUICKLY = {"aot_inductor.compile_wrapper_opt_level": "O0"}  # the compiler's, for what calls the kernels
+
+
 @torch.no_grad()
 def test_aot_inductor_package_with_any_batch(tmp_path: Path) -> None:
     class All(nn.Module):
@@ -142,7 +145,9 @@ def test_aot_inductor_package_with_any_batch(tmp_path: Path) -> None:
             return [kind(x) for kind in self.kinds]
 
     model = All().eval()
-    path = torch._inductor.aoti_compile_and_package(export(model), package_path=str(tmp_path / "model.pt2"))
+    path = torch._inductor.aoti_compile_and_package(
+        export(model), package_path=str(tmp_path / "model.pt2"), inductor_configs=QUICKLY
+    )
     loaded = torch._inductor.aoti_load_package(path)
     for batch in BATCHES:
         x = torch.randn(batch, *X.shape[1:])
