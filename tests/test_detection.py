@@ -55,6 +55,7 @@ def test_trains_a_step_and_detects_as_before(name: str) -> None:
     assert set(model.state_dict()) <= set(rewritten.state_dict())
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("name", DETECTORS)
 @torch.no_grad()
 def test_the_backbone_compiles_as_one_graph(name: str) -> None:

@@ -251,7 +251,7 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, An
     return torch.load(results, weights_only=True)
 
 
-@pytest.mark.processes
+@pytest.mark.integration
 @pytest.mark.parametrize("name", CASES)
 def test_two_processes_train_as_one_does(name: str, outcomes: dict[str, dict[str, Any]]) -> None:
     case, outcome = CASES[name], outcomes[name]

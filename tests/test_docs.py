@@ -47,6 +47,7 @@ def with_blocks(*languages: str) -> list[Path]:
     return [page for page in PAGES if any(language in languages for language, _ in blocks_of(page))]
 
 
+@pytest.mark.integration
 @pytest.mark.usefixtures("tables")
 @pytest.mark.parametrize("page", with_blocks("python"), ids=lambda page: page.name)
 def test_python_blocks_run_in_their_order(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -83,6 +84,7 @@ def elsewhere(command: str) -> str | None:
     return next((start for start in ELSEWHERE if command.startswith(start)), None)
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("page", with_blocks("console", *SHELL), ids=lambda page: page.name)
 def test_commands_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)

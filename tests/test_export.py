@@ -28,6 +28,8 @@ from torch import Tensor, nn
 
 import se_fx
 
+pytestmark = pytest.mark.integration
+
 BATCH = torch.export.Dim("batch", min=1)
 BATCHES = (1, 2, 5)
 

@@ -25,6 +25,8 @@ import se_fx
 from se_fx import SqueezeExciteError
 from se_fx.integrations.lightning import SqueezeExcite
 
+pytestmark = pytest.mark.integration
+
 OPTIONS: dict[str, Any] = {"min_channels": 16, "latent_channels": 4}
 
 
@@ -423,7 +425,6 @@ def train_on(ranks: int, path: Path) -> None:
     trainer(path, SqueezeExcite(min_channels=128, latent_channels=4), **settings).fit(module)
 
 
-@pytest.mark.processes
 def test_two_ranks_insert_equal_blocks_and_train_as_one(tmp_path: Path) -> None:
     for name in ("one", "two"):
         (tmp_path / name).mkdir()

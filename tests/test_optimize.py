@@ -281,6 +281,7 @@ def tiny() -> nn.Module:
     return settled(nn.Sequential(stem, timm.models.resnet.Bottleneck(64, 16, attn_layer="se"), nn.Flatten()))
 
 
+@pytest.mark.integration
 def test_compiled_as_one_graph_with_any_batch() -> None:
     model = tiny()
     fast = se_fx.optimize_for_inference(model)
@@ -291,6 +292,7 @@ def test_compiled_as_one_graph_with_any_batch() -> None:
             assert_close(compiled(x), model(x))
 
 
+@pytest.mark.integration
 def test_compiled_by_inductor_with_freezing() -> None:
     model = tiny()
     fast = se_fx.optimize_for_inference(model)
@@ -322,6 +324,7 @@ def test_exported(dynamic: bool, tmp_path: Path) -> None:
         np.testing.assert_allclose(found, model(x).detach().numpy(), rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.integration
 def test_packaged_ahead_of_time(tmp_path: Path) -> None:
     model, x = tiny(), torch.randn(1, 3, 32, 32)
     exported = torch.export.export(se_fx.optimize_for_inference(model), (x,))

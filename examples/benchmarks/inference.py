@@ -18,11 +18,7 @@ Without --networks, plain is optimized too: what that changes has nothing to do 
     python examples/benchmarks/inference.py --modes eager --dtypes float32 --json eager.json
     python examples/benchmarks/inference.py --batch-sizes 1 --rounds 3 --min-seconds 0     # a first look
 
-Composer pins an old torch. It runs beside a current one when installed without its pins, in an environment of its own:
-
-    pip install --no-deps mosaicml==0.32.1 torchmetrics==1.7.4 torch_optimizer==0.3.0 coolname pytorch-ranger mosaicml-cli
-    pip install argcomplete arrow backoff gql importlib-metadata lightning-utilities prompt_toolkit protobuf psutil
-    pip install py-cpuinfo questionary requests rich ruamel.yaml termcolor validators websockets
+docs/composer.md says how to install Composer beside a current PyTorch.
 """
 
 from __future__ import annotations
