@@ -19,6 +19,7 @@ from se_fx.insertion import CONTAINER, Insertion
 from se_fx.options import Options, Where, matches
 from se_fx.placement import ELSEWHERE, PLACEMENTS, Policy, Spot
 from se_fx.plan import Callables, Plan, Site, Skip, parameters_only, plan_within
+from se_fx.randomness import drawing_from
 
 __all__ = ["choose", "fit", "locate", "new_block"]
 
@@ -100,7 +101,7 @@ def _with_parameters(site: Site, callables: Callables) -> Site:
     """The site with the cost that is known before anything is measured."""
     if site.block is None:
         return dataclasses.replace(site, cost=parameters_only(site))
-    with torch.random.fork_rng(devices=[]):
+    with drawing_from(0):  # what it draws is only counted
         parameters = new_block(site, callables).parameters()
     return dataclasses.replace(site, cost=Cost(params=sum(parameter.numel() for parameter in parameters)))
 

@@ -24,7 +24,7 @@ from se_fx.dataflow import Modules, called, modules_of
 from se_fx.errors import SqueezeExciteError
 from se_fx.gates import GateProfile, SiteGates
 from se_fx.insertion import CONTAINER, Insertion, blocks_of, copied_graph, insert, withdraw
-from se_fx.plan import Plan, Skip, give_plan
+from se_fx.plan import Plan, Skip, give_plan, take_plans
 from se_fx.regions import clone, constants_of, graphs_of, hooked
 
 __all__ = ["FoldedSite", "Folding", "KeptSite", "fold_gates"]
@@ -175,6 +175,7 @@ def fold_gates(
         except _Kept as kept_because:
             kept.append(KeptSite(site.name, str(kept_because)))
     model = _folded(rewritten, folded, gates)
+    take_plans(model)
     give_plan(model, _plan_after(plan, folded))
     changes = None
     if batches is not None:

@@ -19,7 +19,7 @@ from se_fx.errors import SqueezeExciteError, hint
 from se_fx.fakes import Call, as_call, faked
 from se_fx.insertion import copied_graph, withdraw
 from se_fx.optimization import Optimization, Step, give_optimization, optimization_of
-from se_fx.plan import give_plan
+from se_fx.plan import take_plans
 from se_fx.regions import GraphRegion, add_constants, clone, hooked, own_class, restore_code, run_graphs, view
 from se_fx.rewrites import REWRITES, Change, Rewrite
 from se_fx.tracing import Tracer, has_traced_hooks
@@ -89,7 +89,7 @@ def _chosen(rewrites: Iterable[str] | None) -> dict[str, Rewrite]:
 
 def _optimized(captured: Capture, rewrites: dict[str, Rewrite], example_inputs: Any) -> nn.Module:
     base = clone(captured.model)
-    give_plan(base, None)
+    take_plans(base)
     views: dict[str, fx.GraphModule] = {}
     for region in captured.regions:
         if region.graphs is not None:

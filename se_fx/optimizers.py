@@ -43,14 +43,10 @@ class Joining:
 
     def __init__(self, optimizers: Sequence[Optimizer], pairs: Iterable[tuple[str, nn.Module, nn.Module]]) -> None:
         self.joins: list[tuple[Optimizer, dict[str, Any], list[str], list[nn.Parameter]]] = []
-        self.before = [
-            (group[key], len(group[key]))
-            for optimizer in optimizers
-            for group in optimizer.param_groups
-            for key in ("params", "param_names")
-            if key in group
-        ]
         groups = [(optimizer, group) for optimizer in optimizers for group in optimizer.param_groups]
+        self.before = [
+            (group[key], len(group[key])) for _, group in groups for key in ("params", "param_names") if key in group
+        ]
         homes = {id(parameter): home for home in reversed(groups) for parameter in home[1]["params"]}
         for prefix, old, new in pairs if groups else ():
             home = next((homes[id(p)] for p in old.parameters() if id(p) in homes), groups[0])

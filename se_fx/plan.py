@@ -27,6 +27,7 @@ __all__ = [
     "plan_of",
     "plan_within",
     "site_table",
+    "take_plans",
 ]
 
 _VERSION = 1
@@ -345,7 +346,7 @@ def plan_of(model: nn.Module) -> Plan | None:
 
 
 def plan_within(model: nn.Module) -> Plan | None:
-    """The plan that a model carries, joined with those that modules within it carry, which were rewritten before."""
+    """The sites that a model has already, of its own plan and of those of modules within it, under their names here."""
     found = plan_of(model)
     for path, module in model.named_modules():
         inner = plan_of(module) if path else None
@@ -361,3 +362,9 @@ def give_plan(model: nn.Module, plan: Plan | None) -> None:
     model.__dict__.pop(_ATTRIBUTE, None)
     if plan is not None:
         model.__dict__[_ATTRIBUTE] = plan
+
+
+def take_plans(model: nn.Module) -> None:
+    """Have neither `model` nor any module within it carry a plan."""
+    for module in model.modules():
+        give_plan(module, None)

@@ -20,7 +20,7 @@ from se_fx.optimization import Optimization, optimization_of
 from se_fx.optimizers import Joining, as_optimizers
 from se_fx.options import BlockFactory, Function, Options, Overrides, Where
 from se_fx.placement import Policy
-from se_fx.plan import Plan, give_plan, plan_of, plan_within
+from se_fx.plan import Plan, give_plan, plan_of, plan_within, take_plans
 from se_fx.randomness import check_seed, drawing_from, kept_on_failure
 from se_fx.regions import clone, graphs_of, own_class
 from se_fx.report import Report
@@ -159,7 +159,9 @@ def plan(
     chosen = choose(captured, options)
     if example_inputs is None:
         return chosen
-    trial = insert(captured, locate(captured, chosen, device=torch.device("meta")))
+    with drawing_from(0):  # for factories, which may draw whatever the device
+        insertions = locate(captured, chosen, device=torch.device("meta"))
+    trial = insert(captured, insertions)
     give_plan(trial, chosen)
     return _costed(trial, example_inputs)[0]
 
@@ -180,6 +182,7 @@ def report(rewritten: nn.Module, example_inputs: Any = None) -> Report | Optimiz
         return optimization
     known, everything, kept = Plan.of(rewritten), Measurement(), None
     if example_inputs is not None:
+        check_whole(rewritten)
         known, everything = _costed(rewritten, example_inputs)
         before, after = (activation_bytes(model, example_inputs) for model in (remove(rewritten), rewritten))
         kept = None if before is None or after is None else (before, after)
@@ -217,7 +220,7 @@ def remove(rewritten: nn.Module) -> nn.Module:
     model = clone(rewritten)
     for module in list(model.modules()):
         withdraw(module)
-        give_plan(module, None)
+    take_plans(model)
     return model
 
 
@@ -294,7 +297,6 @@ def _check_alone(plan: Any, options: Options) -> None:
 def _costed(rewritten: nn.Module, example_inputs: Any) -> tuple[Plan, Measurement]:
     """The plan that `rewritten` carries with sizes and costs, and the measurement they come from."""
     known = Plan.of(rewritten)
-    check_whole(rewritten)
     measurement = measure(rewritten, example_inputs, blocks_of(rewritten))
     sites = []
     for site in known.sites:

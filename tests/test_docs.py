@@ -33,7 +33,7 @@ ELSEWHERE = {  # commands of pages that aren't run here, by their beginnings: wh
     "pip install torchmetrics": "CI",
     "python examples/composer_trainer.py": "CI, where Composer is installed",
     "python examples/export_onnx.py": "CI",
-    "torchrun --nproc-per-node 2": "tests/test_distributed.py starts its own processes",
+    "torchrun --nproc-per-node 2": "CI",
     "torchrun --nnodes 4": "nobody: it takes four machines",
 }
 

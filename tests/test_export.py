@@ -242,7 +242,8 @@ def test_whole_models_load_in_a_fresh_interpreter(tmp_path: Path) -> None:
     models = {name: (copy.deepcopy(original), rewrite(original), x) for name, (original, rewrite, x) in originals.items()}
     models |= {name: (NETWORKS[name][0](), network(name), IMAGES) for name in NETWORKS}
     expected = {}
-    for path, (original, model, x) in zip((tmp_path / str(number) for number in range(99)), models.values(), strict=False):
+    for number, (original, model, x) in enumerate(models.values()):
+        path = tmp_path / str(number)
         torch.save((model, x), path)
         with torch.no_grad():
             evaluated = model.eval()(x)

@@ -61,8 +61,8 @@ def optimizers_of(model: nn.Module) -> list[torch.optim.Optimizer]:
     """Two, one of two groups, which have made some steps."""
     convs, others = [p for p in model.parameters() if p.ndim == 4], [p for p in model.parameters() if p.ndim < 4]
     made = [
-        torch.optim.SGD([{"params": convs[:1]}, {"params": convs[1:], "lr": 0.1}], lr=1e-3, momentum=0.9),
-        torch.optim.Adagrad(others),
+        torch.optim.Adagrad([{"params": convs[:1]}, {"params": convs[1:], "lr": 0.1}], lr=1e-3),
+        torch.optim.SGD(others, lr=1e-3, momentum=0.9),
     ]
     model(X).sum().backward()
     for optimizer in made:
@@ -121,16 +121,16 @@ Calls = Counter[str]
 @contextlib.contextmanager
 def watched(calls: Calls, error: BaseException | None = None, function: str = "", number: int = 0) -> Iterator[None]:
     """Notes the calls of se_fx's functions; raises `error` at the start of one function's call of the given number."""
-    resumed: set[int] = set()
+    resumed: set[Any] = set()  # frames, kept alive: ids of freed ones are used again
 
     def trace(frame: Any, event: str, _: Any) -> None:
         code = frame.f_code
         if event != "call" or not code.co_filename.startswith(HOME) or code.co_name.startswith("<"):
             return
         if code.co_flags & inspect.CO_GENERATOR:
-            if id(frame) in resumed:
+            if frame in resumed:
                 return
-            resumed.add(id(frame))
+            resumed.add(frame)
         name = f"{code.co_filename[len(HOME) : -3]}.{code.co_qualname if hasattr(code, 'co_qualname') else code.co_name}"
         calls[name] += 1
         if error is not None and name == function and calls[name] == number:
@@ -148,9 +148,9 @@ def watched(calls: Calls, error: BaseException | None = None, function: str = ""
 Operation = Callable[[nn.Module, list[torch.optim.Optimizer]], Any]
 OPTIONS = {"min_channels": 1, "latent_channels": 2}
 OPERATIONS: dict[str, Operation] = {
+    "apply": lambda model, optimizers: se_fx.apply_squeeze_excite(model, 2, 1, optimizers),
     "transform": lambda model, _: se_fx.transform(model, placement="residual", seed=0, **OPTIONS),
     "plan": lambda model, _: se_fx.plan(model, example_inputs=X, **OPTIONS),
-    "apply": lambda model, optimizers: se_fx.apply_squeeze_excite(model, 2, 1, optimizers),
     "optimize": lambda model, _: se_fx.optimize_for_inference(model.eval()),
 }
 

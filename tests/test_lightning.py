@@ -133,16 +133,45 @@ def test_resuming_equals_an_uninterrupted_run(tmp_path: Path) -> None:
     assert_equal_weights(resumed, whole)
 
 
-def test_every_order_of_calls_on_fresh_trainers_inserts_once(tmp_path: Path) -> None:
+class NormedGate(nn.Module):
+    """Attention that has buffers."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm2d(channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.norm(x).sigmoid()
+
+
+def test_blocks_with_buffers_resume(tmp_path: Path) -> None:
+    options = {"latent_channels": 64, "block": NormedGate}  # 64 is the default
     module = Small()
+    path = fitted(tmp_path, module, **options)
+    assert any("running_mean" in name for name in blocks(module))
+    resumed = Small()
+    trainer(tmp_path, SqueezeExcite(**{**OPTIONS, **options})).fit(resumed, data(), ckpt_path=path)
+    assert_equal_weights(resumed, module)
+
+
+def test_a_module_rewritten_in_place_is_left_as_it_is(tmp_path: Path) -> None:
+    module = Net()
+    se_fx.apply_squeeze_excite(module, 4, 32)
+    names = list(module.state_dict())
+    trainer(tmp_path, SqueezeExcite(**OPTIONS)).fit(module, data())
+    assert list(module.state_dict()) == names
+
+
+def test_every_order_of_calls_on_fresh_trainers_inserts_once(tmp_path: Path) -> None:
+    module, names = Small(), []
     calls = ["predict", "fit", "validate", "test", "fit", "predict"]
     for call in calls:
         callback = SqueezeExcite(**OPTIONS)
         getattr(trainer(tmp_path, callback), call)(module, data())
-        names = list(module.state_dict())
+        names.append(list(module.state_dict()))
         assert callback.plan is module.squeeze_excite_plan
         assert len(blocks(module)) == 2 * len(callback.plan)
-    assert names == list(dict.fromkeys(names))
+    assert all(each == names[0] for each in names)
 
     path, expected = fitted(tmp_path, module), module.eval()(torch.ones(1, 3, 32, 32))
     other = Small()
@@ -379,6 +408,7 @@ def test_the_other_packages_trainer(tmp_path: Path) -> None:
         ({"min_channels": 0}, "min_channels=0: "),
         ({"latent": 3}, "latent: there is no such option"),
         ({"where": "layer9.*"}, "where"),
+        ({"plan": {"version": 1}}, "plan=dict: expected a Plan"),
     ],
 )
 def test_bad_options_change_nothing(tmp_path: Path, options: dict[str, Any], message: str) -> None:

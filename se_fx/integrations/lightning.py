@@ -14,7 +14,6 @@ import se_fx
 
 try:
     from lightning.pytorch import Callback, LightningModule, Trainer
-    from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
     from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
     from torchmetrics import Metric, MetricCollection
 except ImportError as error:
@@ -86,11 +85,11 @@ class SqueezeExcite(Callback):
         state = checkpoint.get("callbacks", {}).get(SqueezeExcite.__qualname__)
         if state is None:
             return
-        plan, own = se_fx.Plan.from_dict(state["plan"]), _plan_of(module)
+        own = _plan_of(module)
         if own is not None:
-            _check_equal(plan, own)
+            _check_equal(state["plan"], own)
         else:
-            _insert(module, {"plan": plan})
+            _insert(module, {"plan": se_fx.Plan.from_dict(state["plan"])})
 
     # -------------------------------------------------------------------------------------------------- Lightning's hooks
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -123,7 +122,7 @@ class SqueezeExcite(Callback):
             SqueezeExciteError: they differ.
         """
         if self.plan is not None:
-            _check_equal(se_fx.Plan.from_dict(state_dict["plan"]), self.plan)
+            _check_equal(state_dict["plan"], self.plan)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin to look for blocks that training doesn't reach. On several ranks the strategy does that itself."""
@@ -153,7 +152,8 @@ class SqueezeExcite(Callback):
                     f"callbacks: {type(callback).__name__} copies the module before this callback rewrites it; "
                     f"put SqueezeExcite before {type(callback).__name__}"
                 )
-        if isinstance(trainer.strategy.launcher, _MultiProcessingLauncher):
+        launcher = trainer.strategy.launcher
+        if "_MultiProcessingLauncher" in (kind.__name__ for kind in type(launcher).__mro__):
             raise se_fx.SqueezeExciteError(
                 "strategy: processes that are spawned or forked rewrite copies of the module, and the trained blocks would be "
                 "lost with them; call SqueezeExcite(...).rewrite(module) before trainer.fit(module), or use strategy='ddp'"
@@ -173,9 +173,9 @@ def _plan_of(module: nn.Module) -> se_fx.Plan | None:
 def _insert(module: LightningModule, options: Mapping[str, Any]) -> str:
     """Replace the children of `module` that hold convs by rewritten ones; the report of that."""
     children = _Children() if _needs_graphs(options) else nn.Module()
-    rewritten_before = False
+    in_place = rewritten_before = _is_rewritten(module)  # by apply_squeeze_excite
     for name, child in module._modules.items():
-        if _is_rewritten(child):
+        if in_place or _is_rewritten(child):
             rewritten_before = True
             continue
         parts = () if isinstance(child, (Metric, MetricCollection, type(None))) else child.modules()
@@ -227,7 +227,7 @@ class _Children(nn.Module):
 def _needs_graphs(options: Mapping[str, Any]) -> bool:
     """Whether places are found in graphs: directly after a conv is where the conv is, whatever calls it."""
     plan = options.get("plan")
-    placements = [options.get("placement", "conv")] if plan is None else [site.placement for site in plan.sites]
+    placements = [options.get("placement", "conv")] if plan is None else [site.placement for site in getattr(plan, "sites", ())]
     return any(placement != "conv" for placement in placements)
 
 
@@ -236,8 +236,14 @@ def _block_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
     return {name: parameter for name, parameter in named if "squeeze_excite" in name.split(".")}
 
 
-def _check_equal(saved: se_fx.Plan, own: se_fx.Plan) -> None:
-    before, now = ({site.pop("name"): site for site in plan.to_dict()["sites"]} for plan in (saved, own))
+def _block_shapes(state: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    tensors = {name: value for name, value in state.items() if isinstance(value, Tensor)}
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items() if "squeeze_excite" in name.split(".")}
+
+
+def _check_equal(saved: Mapping[str, Any], own: se_fx.Plan) -> None:
+    """Plans are compared as saved: functions of the caller's, which they name, need not be in any table."""
+    before, now = ({site["name"]: site for site in plan["sites"]} for plan in (saved, own.to_dict()))
     for name in {**before, **now}:
         was, is_now = before.get(name, {}), now.get(name, {})
         if was != is_now:
@@ -248,14 +254,12 @@ def _check_equal(saved: se_fx.Plan, own: se_fx.Plan) -> None:
             )
 
 
-def _check_shapes(module: nn.Module, state_dict: Mapping[str, Any], prefix: str, _: Any, strict: bool, *lists: Any) -> None:
-    """Before a strict load: that blocks are the same. Lightning compares plans only after it has loaded weights."""
+def _check_shapes(module: nn.Module, state_dict: Mapping[str, Any], prefix: str, *_: Any) -> None:
+    """Before a load, strict or not: that blocks are the same. Lightning compares plans only after it has loaded weights."""
     if any(isinstance(part, FullyShardedDataParallel) for part in module.modules()):
         return  # whose parameters have other shapes
-    own = {prefix + name: tuple(parameter.shape) for name, parameter in _block_parameters(module).items()}
-    given = {name: tuple(state_dict[name].shape) for name in state_dict if "squeeze_excite" in name.split(".")}
-    given = {name: shape for name, shape in given.items() if name.startswith(prefix)}
-    for name in {**given, **own} if strict and given else ():
+    own, given = _block_shapes(module.state_dict(prefix=prefix)), _block_shapes(state_dict)
+    for name in {**given, **own} if given else ():
         if given.get(name) != own.get(name):
             there, here = given.get(name, "no such parameter"), own.get(name, "none")
             raise se_fx.SqueezeExciteError(
