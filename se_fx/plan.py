@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -254,8 +255,7 @@ class Plan:
         if not isinstance(sites, list) or not all(isinstance(site, Mapping) for site in sites):
             raise SqueezeExciteError("plan['sites']: expected a list of sites, each a mapping")
         read = tuple(_site_from_dict(f"plan['sites'][{i}]", site) for i, site in enumerate(sites))
-        names = [site.name for site in read]
-        twice = next((name for i, name in enumerate(names) if name in names[:i]), None)
+        twice = next((name for name, count in Counter(site.name for site in read).items() if count > 1), None)
         if twice is not None:
             raise SqueezeExciteError(f"plan['sites']: expected each site once, and got {twice!r} twice")
         return cls(read)

@@ -45,7 +45,7 @@ class VectorLinear(nn.Module):
 
     def _are_few(self, vectors: Tensor) -> bool:
         batch = vectors.shape[0]
-        if torch.compiler.is_exporting() and (torch.onnx.is_in_onnx_export() or not isinstance(batch, int)):
+        if _is_exporting() and (torch.onnx.is_in_onnx_export() or not isinstance(batch, int)):
             return False  # to choose by a dynamic batch would fix it in the graph
         return bool(batch <= self.few)
 
@@ -53,6 +53,10 @@ class VectorLinear(nn.Module):
         """The layer's numbers, for `repr`."""
         out_features, in_features = self.weight.shape
         return f"{in_features}, {out_features}, bias={self.bias is not None}, few={self.few}"
+
+
+#: PyTorch 2.6 can't say; what follows it asks then holds for compilers too, whose batch is an int.
+_is_exporting = getattr(torch.compiler, "is_exporting", lambda: True)
 
 
 def few(weight: Tensor) -> int:
