@@ -13,7 +13,7 @@ import pytest
 import timm
 import torch
 import torchvision
-from test_copies import KINDS, WAYS, X
+from test_copies import KINDS, WAYS, X, hybrid
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
@@ -241,7 +241,7 @@ def test_a_whole_step_breaks_no_more_than_the_originals(kind: str) -> None:
 NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "resnet18": torchvision.models.resnet18,
     "timm's test_resnet": lambda: timm.create_model("test_resnet", num_classes=10),
-    "timm's hybrid, split": lambda: timm.create_model("vit_tiny_r_s16_p8_224", img_size=32, depth=1, num_classes=10),
+    "timm's hybrid, split": hybrid,
 }
 
 

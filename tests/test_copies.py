@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -48,6 +49,16 @@ KINDS = {
 def in_place(model: nn.Module) -> nn.Module:
     se_fx.apply_squeeze_excite(model, latent_channels=2, min_channels=1)
     return model
+
+
+def hybrid() -> nn.Module:
+    """Convolutions in front of a transformer. Its root and its patch embedding run their own code."""
+    return timm.create_model("vit_tiny_r_s16_p8_224", img_size=32, depth=1, num_classes=10)
+
+
+def weights(model: nn.Module) -> dict[str, Tensor]:
+    """The blocks' parameters and buffers, by key."""
+    return {key: value for key, value in model.state_dict().items() if "squeeze_excite" in key.split(".")}
 
 
 def rewriting(placement: str, init: str) -> Callable[[nn.Module], nn.Module]:

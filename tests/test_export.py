@@ -23,7 +23,7 @@ import pytest
 import timm
 import torch
 import torchvision
-from test_copies import KINDS, WAYS, Split, X
+from test_copies import KINDS, WAYS, Split, X, hybrid
 from torch import Tensor, nn
 
 import se_fx
@@ -131,9 +131,6 @@ def test_onnx_with_any_batch(kind: str, few: str, tmp_path: Path) -> None:
     assert_onnx_close(export(model), model, X, tmp_path / "model.onnx")
 
 
-QUICKLY = {"aot_inductor.compile_wrapper_opt_level": "O0"}  # the compiler's, for what calls the kernels
-
-
 @torch.no_grad()
 def test_aot_inductor_package_with_any_batch(tmp_path: Path) -> None:
     class All(nn.Module):
@@ -147,9 +144,7 @@ def test_aot_inductor_package_with_any_batch(tmp_path: Path) -> None:
             return [kind(x) for kind in self.kinds]
 
     model = All().eval()
-    path = torch._inductor.aoti_compile_and_package(
-        export(model), package_path=str(tmp_path / "model.pt2"), inductor_configs=QUICKLY
-    )
+    path = torch._inductor.aoti_compile_and_package(export(model), package_path=str(tmp_path / "model.pt2"))
     loaded = torch._inductor.aoti_load_package(path)
     for batch in BATCHES:
         x = torch.randn(batch, *X.shape[1:])
@@ -157,11 +152,6 @@ def test_aot_inductor_package_with_any_batch(tmp_path: Path) -> None:
 
 
 # ----------------------------------------------------------------------------------------------- networks of torchvision, timm
-def hybrid() -> nn.Module:
-    """Convolutions in front of a transformer. Its root and its patch embedding run their own code."""
-    return timm.create_model("vit_tiny_r_s16_p8_224", img_size=32, depth=1, num_classes=10)
-
-
 NETWORKS: dict[str, tuple[Callable[[], nn.Module], dict[str, Any]]] = {
     "resnet18": (torchvision.models.resnet18, {"placement": "residual", "min_channels": 64}),
     "timm's test_resnet": (lambda: timm.create_model("test_resnet", num_classes=10), {"min_channels": 16}),

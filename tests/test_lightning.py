@@ -18,6 +18,7 @@ import torchmetrics
 import torchvision
 from lightning.pytorch.callbacks import Callback, EMAWeightAveraging, StochasticWeightAveraging
 from lightning.pytorch.loggers import CSVLogger
+from test_copies import weights
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
@@ -96,10 +97,6 @@ def fitted(path: Path, module: L.LightningModule, epochs: int = 1, **options: An
     return path / "last.ckpt"
 
 
-def blocks(module: nn.Module) -> dict[str, Tensor]:
-    return {name: p for name, p in module.state_dict().items() if "squeeze_excite" in name.split(".")}
-
-
 def assert_equal_weights(a: nn.Module, b: nn.Module) -> None:
     torch.testing.assert_close(a.state_dict(), b.state_dict(), rtol=0, atol=0)
 
@@ -112,13 +109,13 @@ def test_fit_replaces_children_and_trains_their_blocks(tmp_path: Path) -> None:
     convs = {name for name, m in plain.named_modules() if isinstance(m, nn.Conv2d) and m.out_channels >= 16}
     assert {site.name for site in module.squeeze_excite_plan.sites} == convs
     assert type(module) is Net
-    assert set(plain.state_dict()) == set(module.state_dict()) - set(blocks(module))
-    assert len(blocks(module)) == 2 * len(convs)
+    assert set(plain.state_dict()) == set(module.state_dict()) - set(weights(module))
+    assert len(weights(module)) == 2 * len(convs)
     held = {id(p) for group in training.optimizers[0].param_groups for p in group["params"]}
     assert held == {id(p) for p in module.parameters()}
     fresh = Net()
     SqueezeExcite(**OPTIONS, seed=3).rewrite(fresh)
-    assert all(not torch.equal(blocks(fresh)[name], p) for name, p in blocks(module).items())  # trained
+    assert all(not torch.equal(weights(fresh)[name], p) for name, p in weights(module).items())  # trained
     assert logger.experiment.hparams == {"lr": 0.01, "squeeze_excite/num_squeeze_excite_layers": len(convs)}
 
 
@@ -148,7 +145,7 @@ def test_blocks_with_buffers_resume(tmp_path: Path) -> None:
     options = {"latent_channels": 64, "block": NormedGate}  # 64 is the default
     module = Small()
     path = fitted(tmp_path, module, **options)
-    assert any("running_mean" in name for name in blocks(module))
+    assert any("running_mean" in name for name in weights(module))
     resumed = Small()
     trainer(tmp_path, SqueezeExcite(**{**OPTIONS, **options})).fit(resumed, data(), ckpt_path=path)
     assert_equal_weights(resumed, module)
@@ -170,7 +167,7 @@ def test_every_order_of_calls_on_fresh_trainers_inserts_once(tmp_path: Path) -> 
         getattr(trainer(tmp_path, callback), call)(module, data())
         names.append(list(module.state_dict()))
         assert callback.plan is module.squeeze_excite_plan
-        assert len(blocks(module)) == 2 * len(callback.plan)
+        assert len(weights(module)) == 2 * len(callback.plan)
     assert all(each == names[0] for each in names)
 
     path, expected = fitted(tmp_path, module), module.eval()(torch.ones(1, 3, 32, 32))
@@ -273,8 +270,8 @@ def test_children_of_every_kind() -> None:
     assert module.features[0] is module.backbone.conv1
     assert module.features[3] is module.backbone.layer1
     assert module.linear is linear
-    assert not blocks(module.distance)
-    assert len(blocks(module.mine)) == 2
+    assert not weights(module.distance)
+    assert len(weights(module.mine)) == 2
     assert not any(site.name.startswith("mine") for site in module.squeeze_excite_plan.sites)
     assert len(module.squeeze_excite_plan.only("backbone.*")) == 20
     assert module.features(x).shape == (2, 64, 32, 32)
@@ -286,7 +283,7 @@ def test_a_module_whose_only_network_is_rewritten_already(tmp_path: Path) -> Non
     module.model = rewritten = se_fx.transform(module.model, **OPTIONS)
     path = fitted(tmp_path, module)
     assert module.model is rewritten
-    assert len(blocks(module)) == 4
+    assert len(weights(module)) == 4
     SqueezeExcite.restore(module, torch.load(path))
     module.load_state_dict(torch.load(path)["state_dict"])
 
@@ -300,11 +297,11 @@ def test_a_placement_in_graphs_finds_the_norms_of_a_sequential_and_convs_need_no
 
     module = Iterating()
     trainer(tmp_path, SqueezeExcite(**OPTIONS)).fit(module, data())
-    assert list(blocks(module)) == [f"model.{i}.squeeze_excite.fc{j}.weight" for i in (0, 3) for j in (1, 2)]
+    assert list(weights(module)) == [f"model.{i}.squeeze_excite.fc{j}.weight" for i in (0, 3) for j in (1, 2)]
     assert all(p.grad is not None for p in module.parameters())
     module = Small()
     SqueezeExcite(**OPTIONS, placement="norm").rewrite(module)
-    assert list(blocks(module)) == ["model.squeeze_excite.0.fc1.weight", "model.squeeze_excite.0.fc2.weight"]
+    assert list(weights(module)) == ["model.squeeze_excite.0.fc1.weight", "model.squeeze_excite.0.fc2.weight"]
 
 
 def test_blocks_that_no_step_reaches_are_named(tmp_path: Path) -> None:
@@ -338,12 +335,12 @@ def test_models_built_by_hooks(tmp_path: Path) -> None:
 
     module = Late()
     path = fitted(tmp_path, module)
-    assert len(blocks(module)) == 4
+    assert len(weights(module)) == 4
     assert module.built == 1
     fitted(tmp_path, module)
     again = Late()
     trainer(tmp_path, SqueezeExcite(**OPTIONS)).validate(again, data(), ckpt_path=path)
-    assert len(blocks(again)) == 4
+    assert len(weights(again)) == 4
 
     class InSetup(Late):
         configure_model = L.LightningModule.configure_model
@@ -361,7 +358,7 @@ def test_averages_hold_the_blocks_where_they_copy_a_rewritten_module(tmp_path: P
     module, average = Small(), EMAWeightAveraging(decay=0.5)
     training = trainer(tmp_path, SqueezeExcite(**OPTIONS), average, StochasticWeightAveraging(0.01, 1), epochs=2)
     training.fit(module, data())
-    assert set(blocks(average._average_model.module)) == set(blocks(module))
+    assert set(weights(average._average_model.module)) == set(weights(module))
     assert_equal_weights(average._average_model.module, module)  # the average is copied back when training ends
     for other in (EMAWeightAveraging(), StochasticWeightAveraging(0.01, 1)):
         with pytest.raises(SqueezeExciteError, match=f"put SqueezeExcite before {type(other).__name__}"):
@@ -375,7 +372,7 @@ def test_a_compiled_module_trains_alike(tmp_path: Path) -> None:
     torch.manual_seed(1)
     compiled = Small()
     trainer(tmp_path, SqueezeExcite(**OPTIONS)).fit(torch.compile(compiled, backend="eager"), data())
-    assert len(blocks(compiled)) == 4
+    assert len(weights(compiled)) == 4
     torch.testing.assert_close(compiled.state_dict(), eager.state_dict())  # graphs may fuse the loss otherwise
 
 
@@ -398,7 +395,7 @@ def test_the_other_packages_trainer(tmp_path: Path) -> None:
     pytorch_lightning.Trainer(accelerator="cpu", callbacks=[SqueezeExcite(**OPTIONS)], max_epochs=1, **quiet).fit(
         module, data()
     )
-    assert len(blocks(module)) == 4
+    assert len(weights(module)) == 4
 
 
 @pytest.mark.parametrize(
@@ -426,7 +423,7 @@ def test_spawned_processes_need_a_module_that_is_rewritten_before(tmp_path: Path
         callback.setup(spawning, module, "fit")
     callback.rewrite(module)
     callback.setup(spawning, module, "fit")
-    assert len(blocks(pickle.loads(pickle.dumps(module)))) == 4
+    assert len(weights(pickle.loads(pickle.dumps(module)))) == 4
 
 
 class Squeezed(Net):
@@ -443,7 +440,7 @@ class Squeezed(Net):
         return DataLoader(dataset, 8 // ranks, sampler=sampler)
 
     def setup(self, stage: str) -> None:  # after the callback's; before DDP makes weights equal
-        torch.save(blocks(self), self.path / f"inserted{self.global_rank}.pt")
+        torch.save(weights(self), self.path / f"inserted{self.global_rank}.pt")
 
     def on_train_end(self) -> None:
         torch.save(self.state_dict(), self.path / f"trained{self.global_rank}.pt")

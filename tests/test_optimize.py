@@ -328,7 +328,5 @@ def test_exported(dynamic: bool, tmp_path: Path) -> None:
 def test_packaged_ahead_of_time(tmp_path: Path) -> None:
     model, x = tiny(), torch.randn(1, 3, 32, 32)
     exported = torch.export.export(se_fx.optimize_for_inference(model), (x,))
-    path = torch._inductor.aoti_compile_and_package(
-        exported, package_path=str(tmp_path / "fast.pt2"), inductor_configs={"aot_inductor.compile_wrapper_opt_level": "O0"}
-    )
+    path = torch._inductor.aoti_compile_and_package(exported, package_path=str(tmp_path / "fast.pt2"))
     assert_close(torch._inductor.aoti_load_package(path)(x), model(x))

@@ -10,6 +10,7 @@ import threading
 import pytest
 import torch
 import torchvision
+from test_copies import weights
 from torch import Tensor, fx, nn
 
 import se_fx
@@ -164,10 +165,6 @@ def test_a_lone_conv_stays_a_conv() -> None:
 
 
 # ------------------------------------------------------------------------------------------------------------------ seed
-def weights(gm: nn.Module) -> dict[str, torch.Tensor]:
-    return {key: value for key, value in gm.state_dict().items() if "squeeze_excite" in key.split(".")}
-
-
 def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
     assert a
     assert a.keys() == b.keys()
