@@ -13,10 +13,12 @@ from torch import fx, nn
 from se_fx.blocks import BLOCKS, SqueezeExcite2d, latent_width
 from se_fx.capture import Capture, Region
 from se_fx.cost import Cost, measure
+from se_fx.criteria import CRITERIA, Candidate
 from se_fx.dataflow import attention_convs, modules_of
 from se_fx.errors import SqueezeExciteError
 from se_fx.insertion import CONTAINER, Insertion
-from se_fx.options import Options, Where, matches
+from se_fx.options import Options
+from se_fx.patterns import check_each_matches
 from se_fx.placement import ELSEWHERE, PLACEMENTS, Policy, Spot
 from se_fx.plan import Callables, Plan, Site, Skip, parameters_only, plan_within
 from se_fx.randomness import drawing_from
@@ -29,8 +31,8 @@ def choose(capture: Capture, options: Options) -> Plan:
     """The sites `options` ask for in a captured model.
 
     Raises:
-        SqueezeExciteError: the model has no Conv2d, or nothing that the placement is for, or `where` or an override
-            matches none.
+        SqueezeExciteError: the model has no Conv2d, or nothing that the placement is for, or a pattern of `where` or
+            `overrides` matches none.
     """
     names = _Names()
     placement = names.of("placement", options.placement)
@@ -50,21 +52,23 @@ def choose(capture: Capture, options: Options) -> Plan:
         for graph in set((region.graphs or {}).values())  # one, where the modes agree
         for name in attention_convs(graph, region.module)
     }
-    least = _least_channels(options, convs)
-    wanted = _wanted(options.where, convs)
+    check_each_matches(options.overrides or {}, convs, "overrides", "Conv2d")
+    candidates = {
+        name: Candidate(conv, spots[name].channels if name in spots else conv.out_channels) for name, conv in convs.items()
+    }
+    excluded: dict[str, str] = {}
+    for criterion, value in options.criteria.items():
+        excluded = {**CRITERIA[criterion].excludes(value, candidates), **excluded}
     elsewhere = ELSEWHERE.get(placement, f"is not chosen by {placement}")
     sites: list[Site] = []
     skipped: list[Skip] = []
     for name, module in convs.items():
         spot = spots.get(name)
-        reason = _why_not(name, module, spot, least, wanted, attention, taken, elsewhere)
+        reason = _why_not(name, module, attention, taken, excluded) or (elsewhere if spot is None else None)
         if reason is None and spot is not None:
             sites.append(_site(name, spot, placement, options.of(name), names))
         elif reason is not None:
             skipped.append(Skip(name, module.out_channels, reason))
-    for pattern in options.overrides or {}:
-        if not any(matches(name, [pattern]) for name in convs):
-            raise SqueezeExciteError(f"overrides: {pattern!r} matches no Conv2d; the first is named {next(iter(convs))!r}")
     return _with_model(Plan(tuple(sites), tuple(skipped), callables=names.callables), capture)
 
 
@@ -139,33 +143,19 @@ def _convs(capture: Capture) -> dict[str, nn.Conv2d]:
     return {name: conv for name, conv in convs.items() if there is None or CONTAINER not in name.split(".")}
 
 
-def _why_not(
-    name: str,
-    module: nn.Conv2d,
-    spot: Spot | None,
-    least: int,
-    wanted: set[str],
-    attention: set[str],
-    taken: set[str],
-    elsewhere: str,
-) -> str | None:
-    channels = spot.channels if spot is not None else module.out_channels
+def _why_not(name: str, module: nn.Conv2d, attention: set[str], taken: set[str], excluded: Mapping[str, str]) -> str | None:
     if name in taken:
         return "has a Squeeze-and-Excitation block already"
     if name in attention:
         return "computes an attention gate"
     if not _parameter(module).dtype.is_floating_point:
         return f"is of dtype {_parameter(module).dtype}, which no block is made for"
-    if channels < least:
-        return f"{channels} {'output ' if channels == module.out_channels else ''}channels < min_channels={least}"
-    if name not in wanted:
-        return "excluded by where"
+    if name in excluded:
+        return excluded[name]
     if "squeeze_excite" in module._modules:
         return "has a child of its own called squeeze_excite"
     if type(module).forward is not nn.Conv2d.forward and not _returns_a_feature_map(module):
         return "returns something else than a tensor (N, C, H, W)"
-    if spot is None:
-        return elsewhere
     return None
 
 
@@ -176,29 +166,6 @@ def _returns_a_feature_map(conv: nn.Conv2d) -> bool:
     except SqueezeExciteError:
         return True
     return shape is not None and len(shape) == 4 and shape[1] == conv.out_channels
-
-
-def _least_channels(options: Options, convs: Mapping[str, nn.Conv2d]) -> int:
-    """`min_channels`, "auto" being 512, or the largest output channel count where no conv has as many."""
-    if options.min_channels == "auto":
-        return min(512, max(conv.out_channels for conv in convs.values()))
-    return int(options.min_channels)
-
-
-def _wanted(where: Where, convs: Mapping[str, nn.Conv2d]) -> set[str]:
-    if where is None:
-        return set(convs)
-    if callable(where):
-        return {name for name, module in convs.items() if where(name, module)}
-    patterns = [where] if isinstance(where, str) else list(where)
-    for pattern in patterns:
-        if not any(matches(name, [pattern.removeprefix("!")]) for name in convs):
-            raise SqueezeExciteError(
-                f"where={where!r}: {pattern!r} matches no Conv2d; the first is named {next(iter(convs))!r}"
-            )
-    include = [pattern for pattern in patterns if not pattern.startswith("!")] or ["*"]
-    exclude = [pattern[1:] for pattern in patterns if pattern.startswith("!")]
-    return {name for name in convs if matches(name, include) and not matches(name, exclude)}
 
 
 # ------------------------------------------------------------------------------------------------------------- replaying

@@ -13,6 +13,7 @@ from torch import nn
 
 import se_fx
 from se_fx import Plan, Report, SqueezeExciteError
+from se_fx.criteria import CRITERIA
 from se_fx.loading import load_model
 
 __all__ = ["main"]
@@ -119,7 +120,8 @@ def _bench(arguments: argparse.Namespace) -> Outcome:
 
 def _chosen(model: nn.Module, arguments: argparse.Namespace, *, costs: bool = False) -> Plan:
     """The plan the arguments ask for; with costs only where these are wanted, or a budget needs them."""
-    options = {name: getattr(arguments, name) for name in _OPTIONS if getattr(arguments, name) is not None}
+    given = {name: getattr(arguments, name, None) for name in (*CRITERIA, *_OF_BLOCKS)}
+    options = {name: value for name, value in given.items() if value is not None}
     budget = dict(arguments.budget or ())
     chosen = se_fx.plan(model, example_inputs=_inputs(arguments) if costs or budget else None, **options)
     return chosen.within(**budget) if budget else chosen
@@ -139,7 +141,7 @@ _COMMANDS: dict[str, tuple[Callable[[argparse.Namespace], Outcome], str]] = {
 
 
 # ------------------------------------------------------------------------------------------------------------- arguments
-_OPTIONS = ("min_channels", "latent_channels", "placement", "init", "bias", "activation", "gate", "where")
+_OF_BLOCKS = ("latent_channels", "placement", "init", "bias", "activation", "gate")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -171,14 +173,13 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_options(command: argparse.ArgumentParser) -> None:
     options = command.add_argument_group("where blocks go, and of what kind")
-    options.add_argument(
-        "--min-channels", type=_int_or_auto, metavar="N", help='least output channels of a conv, or "auto" (default: 128)'
-    )
+    for name, criterion in CRITERIA.items():
+        if criterion.argument:
+            options.add_argument(f"--{name.replace('_', '-')}", **criterion.argument)
     options.add_argument(
         "--latent-channels", type=_number, metavar="X", help="hidden width, or a fraction of the channels (default: 64)"
     )
     options.add_argument("--placement", help="where a block goes: conv, norm, residual, pre, post or identity (default: conv)")
-    options.add_argument("--where", action="append", metavar="GLOB", help="only convs named so; '!GLOB' excludes; repeatable")
     options.add_argument(
         "--budget",
         action="append",
@@ -245,9 +246,3 @@ def _number(text: str) -> float:
         raise argparse.ArgumentTypeError(
             f"{text!r}: expected a width such as 64 or a fraction such as 0.0625 or 1/16"
         ) from None
-
-
-def _int_or_auto(text: str) -> int | str:
-    if text != "auto" and not text.lstrip("-").isdigit():
-        raise argparse.ArgumentTypeError(f"{text!r}: expected an integer or auto")
-    return text if text == "auto" else int(text)

@@ -3,34 +3,36 @@
 from __future__ import annotations
 
 import dataclasses
-import fnmatch
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
 
 from se_fx.blocks import BLOCKS, SqueezeExcite2d
-from se_fx.errors import SqueezeExciteError
+from se_fx.criteria import CRITERIA
+from se_fx.errors import SqueezeExciteError, hint
+from se_fx.patterns import matches
 from se_fx.placement import PLACEMENTS, Policy
 
-__all__ = ["BlockFactory", "Function", "Options", "Overrides", "Where", "matches"]
+__all__ = ["BlockFactory", "Function", "Options", "Overrides"]
 
 BlockFactory = Callable[[int], nn.Module]
 Function = Callable[[Tensor], Tensor]  # of a block's hidden layer, or its gate
 Overrides = Mapping[str, Mapping[str, Any]] | None
-Where = Callable[[str, nn.Module], bool] | str | Sequence[str] | None
 
 
 @dataclass(frozen=True)
 class Options:
     """What `transform` and `plan` can be told; see `se_fx.transform`.
 
+    Attributes:
+        criteria: the values of the options in `CRITERIA`, all of them.
+
     Raises:
         SqueezeExciteError: a value is not among those expected.
     """
 
-    min_channels: int | str = 128
     latent_channels: float = 64
     placement: str | Policy = "conv"
     init: str = "default"
@@ -38,21 +40,37 @@ class Options:
     activation: str | Function = "relu"
     gate: str | Function = "sigmoid"
     block: str | BlockFactory | None = None
-    where: Where = None
     overrides: Overrides = None
+    criteria: Mapping[str, Any] = field(default_factory=lambda: {name: each.default for name, each in CRITERIA.items()})
+
+    @classmethod
+    def given(cls, **values: Any) -> Options:
+        """The options of these values, criteria among them; all others have their defaults.
+
+        Raises:
+            SqueezeExciteError: there is no such option, or a value is not among those expected.
+        """
+        known = (*CRITERIA, *_DEFAULTS)
+        for name in values:
+            if name not in known:
+                raise SqueezeExciteError(f"{name}: there is no such option; {hint(name, known, 'one of')}")
+        criteria = {name: values.pop(name, each.default) for name, each in CRITERIA.items()}
+        return cls(**values, criteria=criteria)
+
+    def changed(self) -> list[str]:
+        """The names of the options that don't have their defaults."""
+        values = {**{name: getattr(self, name) for name in _DEFAULTS}, **self.criteria}
+        defaults = {**_DEFAULTS, **{name: each.default for name, each in CRITERIA.items()}}
+        return [name for name, value in values.items() if value != defaults[name]]
 
     def __post_init__(self) -> None:
-        if self.min_channels != "auto" and not (_is_int(self.min_channels) and int(self.min_channels) >= 1):
-            raise SqueezeExciteError(
-                f"min_channels={self.min_channels!r}: expected the least number of output channels a Conv2d needs, "
-                'an integer >= 1, or "auto"'
-            )
+        for name, value in self.criteria.items():
+            CRITERIA[name].check(name, value)
         _check_choice("placement", self.placement, PLACEMENTS, "a policy (graph, root) -> spots")
         if self.block is not None:
             _check_choice("block", self.block, BLOCKS, "a factory channels -> nn.Module")
         if not isinstance(self.bias, bool):
             raise SqueezeExciteError(f"bias={self.bias!r}: expected True or False")
-        _check_where(self.where)
         SqueezeExcite2d(1, **self._of_squeeze_excite(), device="meta")  # checks the rest
         changed = [name for name in _OF_SQUEEZE_EXCITE if getattr(self, name) != _DEFAULTS[name]]
         if self.block is not None and changed:
@@ -63,7 +81,7 @@ class Options:
         """The options for the site of this name, overrides applied: where several match, later ones win."""
         options = self
         for pattern, changes in (self.overrides or {}).items():
-            if fnmatch.fnmatchcase(name, pattern):
+            if matches(name, [pattern]):
                 options = options._changed(changes)
         return options
 
@@ -95,29 +113,10 @@ class Options:
 
 
 _OF_SQUEEZE_EXCITE = ("latent_channels", "init", "bias", "activation", "gate")
-_DEFAULTS = {field.name: field.default for field in dataclasses.fields(Options)}
+_DEFAULTS = {field.name: field.default for field in dataclasses.fields(Options) if field.name != "criteria"}
 
 
 def _check_choice(name: str, value: Any, table: Mapping[str, Any], otherwise: str) -> None:
     if not (callable(value) or (isinstance(value, str) and value in table)):
         names = "".join(f"{choice!r}, " for choice in table)
         raise SqueezeExciteError(f"{name}={value!r}: expected {f'one of {names}or ' if names else ''}{otherwise}")
-
-
-def _check_where(where: Any) -> None:
-    patterns = [where] if isinstance(where, str) else where
-    is_patterns = isinstance(patterns, Sequence) and len(patterns) > 0 and all(isinstance(each, str) for each in patterns)
-    if not (where is None or callable(where) or is_patterns):
-        raise SqueezeExciteError(
-            f"where={where!r}: expected a predicate (name, module) -> bool, or glob patterns of qualified names "
-            "such as 'layer4.*' ('!layer4.0.*' excludes)"
-        )
-
-
-def _is_int(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def matches(name: str, patterns: Iterable[str]) -> bool:
-    """Whether a qualified name matches any of some glob patterns."""
-    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)

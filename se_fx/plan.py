@@ -14,7 +14,7 @@ from torch import nn
 from se_fx.blocks import ACTIVATIONS, BLOCKS, GATES, INITS
 from se_fx.cost import NO_COST, Cost
 from se_fx.errors import SqueezeExciteError
-from se_fx.options import matches
+from se_fx.patterns import check_each_matches, matches
 from se_fx.placement import PLACEMENTS
 
 __all__ = [
@@ -198,11 +198,9 @@ class Plan:
         return {site.name for site in self.sites}
 
     def _matching(self, patterns: Iterable[str]) -> set[str]:
-        for pattern in patterns:
-            if not isinstance(pattern, str) or not any(matches(name, [pattern]) for name in self._names):
-                first = f"; the first is {self.sites[0].name!r}" if self.sites else ""
-                raise SqueezeExciteError(f"{pattern!r} matches no site of this plan{first}")
-        return {name for name in self._names if matches(name, patterns)}
+        names = [site.name for site in self.sites]
+        check_each_matches(patterns, names, "patterns", "site of this plan")
+        return {name for name in names if matches(name, patterns)}
 
     def _keep(self, names: set[str], reason: str = "taken out of the plan") -> Plan:
         sites = tuple(site for site in self.sites if site.name in names)

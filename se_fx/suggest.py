@@ -7,12 +7,12 @@ from typing import Any
 
 from torch import nn
 
+from se_fx.criteria import AUTO, least_channels
 from se_fx.plan import Plan, percent
 from se_fx.transform import plan
 
 __all__ = ["Suggestion", "suggest"]
 
-_LARGE = 512  # output channels from which blocks pay in ImageNet-scale models
 _HIDDEN = 64  # the least hidden width
 
 
@@ -54,11 +54,11 @@ def suggest(model: nn.Module, example_inputs: Any = None) -> Suggestion:
     """
     chosen = plan(model, example_inputs=example_inputs, min_channels="auto", latent_channels=_HIDDEN)
     counts = [site.channels for site in chosen.sites] + [skip.channels for skip in chosen.skipped]
-    least = min(_LARGE, max(counts))
+    least = least_channels("auto", counts)
     why = (
         "This is the recommendation for ImageNet-scale models: such layers see small feature maps, where blocks are cheapest"
-        if least == _LARGE
-        else f"None has {_LARGE} output channels, so this is the largest count there is, as recommended for smaller models"
+        if least == AUTO
+        else f"None has {AUTO} output channels, so this is the largest count there is, as recommended for smaller models"
     )
     reasons = [
         f"min_channels={least}: {len(chosen)} of {len(counts)} Conv2d layers. {why}.",

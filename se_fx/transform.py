@@ -14,11 +14,12 @@ from se_fx.activations import activation_bytes
 from se_fx.capture import capture, check_whole
 from se_fx.choosing import choose, fit, locate, new_block
 from se_fx.cost import Cost, Measurement, measure
-from se_fx.errors import SqueezeExciteError, hint
+from se_fx.criteria import Where
+from se_fx.errors import SqueezeExciteError
 from se_fx.insertion import CONTAINER, attach, blocks_of, insert, withdraw
 from se_fx.optimization import Optimization, optimization_of
 from se_fx.optimizers import Joining, as_optimizers
-from se_fx.options import BlockFactory, Function, Options, Overrides, Where
+from se_fx.options import BlockFactory, Function, Options, Overrides
 from se_fx.placement import Policy
 from se_fx.plan import Plan, give_plan, plan_of, plan_within, take_plans
 from se_fx.randomness import check_seed, drawing_from, kept_on_failure
@@ -44,7 +45,7 @@ def transform(
     where: Where = None,
     overrides: Overrides = None,
     seed: int | None = None,
-    **unknown: Any,
+    **criteria: Any,
 ) -> nn.Module:
     """A copy of `model` with Squeeze-and-Excitation blocks after its Conv2d layers.
 
@@ -78,7 +79,8 @@ def transform(
         seed: draw the blocks' initial weights from this seed, and leave the global generators as they were: the same
             weights on every rank of a distributed job, whatever their own seeds and devices, with no communication. None
             draws from the global generators.
-        **unknown: none; a misspelt option is named in the error.
+        **criteria: values of criteria of your own, which you added to `se_fx.criteria.CRITERIA`. Any other name is misspelt,
+            and the error says so.
 
     Raises:
         SqueezeExciteError: an argument is not what is expected, or the plan does not fit the model.
@@ -89,8 +91,7 @@ def transform(
     >>> [key for key in transform(net).state_dict() if key not in net.state_dict()]
     ['squeeze_excite.0.fc1.weight', 'squeeze_excite.0.fc2.weight']
     """
-    options = _options(
-        unknown,
+    options = Options.given(
         min_channels=min_channels,
         latent_channels=latent_channels,
         placement=placement,
@@ -101,6 +102,7 @@ def transform(
         block=block,
         where=where,
         overrides=overrides,
+        **criteria,
     )
     _check_alone(plan, options)
     check_seed(seed)
@@ -130,7 +132,7 @@ def plan(
     block: str | BlockFactory | None = None,
     where: Where = None,
     overrides: Overrides = None,
-    **unknown: Any,
+    **criteria: Any,
 ) -> Plan:
     """What `transform` would do, with nothing changed. Takes the same options.
 
@@ -142,8 +144,7 @@ def plan(
     ------  ----------  --------  ---------  ------------  ------  ----------
     0              256        64        6x6        32,768  32,768    13.169 %
     """
-    options = _options(
-        unknown,
+    options = Options.given(
         min_channels=min_channels,
         latent_channels=latent_channels,
         placement=placement,
@@ -154,6 +155,7 @@ def plan(
         block=block,
         where=where,
         overrides=overrides,
+        **criteria,
     )
     captured = capture(model)
     chosen = choose(captured, options)
@@ -250,7 +252,7 @@ def apply_squeeze_excite(
 
     The interface is that of MosaicML Composer's `apply_squeeze_excite`.
     """
-    options = Options(min_channels=min_channels, latent_channels=latent_channels)
+    options = Options.given(min_channels=min_channels, latent_channels=latent_channels)
     check_seed(seed)
     chosen_optimizers = as_optimizers(optimizers)
     captured = capture(model)
@@ -276,12 +278,6 @@ def apply_squeeze_excite(
 
 
 # --------------------------------------------------------------------------------------------------------------- helpers
-def _options(unknown: dict[str, Any], **options: Any) -> Options:
-    for name in unknown:
-        raise SqueezeExciteError(f"{name}: there is no such option; {hint(name, options, 'one of')}")
-    return Options(**options)
-
-
 def _check_alone(plan: Any, options: Options) -> None:
     if plan is None:
         return
@@ -289,9 +285,8 @@ def _check_alone(plan: Any, options: Options) -> None:
         raise SqueezeExciteError(
             f"plan={type(plan).__name__}: expected a Plan, as se_fx.plan() or Plan.from_dict() returns; options go by keyword"
         )
-    changed = [f.name for f in dataclasses.fields(options) if getattr(options, f.name) != f.default]
-    if changed:
-        raise SqueezeExciteError(f"{changed[0]}: a plan fixes all options already; pass either plan= or options")
+    for name in options.changed():
+        raise SqueezeExciteError(f"{name}: a plan fixes all options already; pass either plan= or options")
 
 
 def _costed(rewritten: nn.Module, example_inputs: Any) -> tuple[Plan, Measurement]:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from se_fx import blocks, cost, placement, rewrites
+from se_fx import blocks, cost, criteria, placement, rewrites
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)
@@ -26,7 +26,8 @@ def _seeded() -> None:
 def tables() -> Iterator[None]:
     """Se_fx's tables, which users may add to: what is added is taken out again."""
     with contextlib.ExitStack() as stack:
-        for table in (blocks.BLOCKS, blocks.GATES, blocks.ACTIVATIONS, placement.PLACEMENTS, cost.RULES, rewrites.REWRITES):
+        of_blocks = (blocks.BLOCKS, blocks.GATES, blocks.ACTIVATIONS)
+        for table in (*of_blocks, criteria.CRITERIA, placement.PLACEMENTS, cost.RULES, rewrites.REWRITES):
             stack.enter_context(mock.patch.dict(table))
         yield
 
