@@ -18,10 +18,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import parametrize
 
 from se_fx.channels import maps_and_vectors
-from se_fx.dataflow import ADDS, PRODUCTS, called, describes, modules_of, pools_globally
+from se_fx.dataflow import ADDS, PRODUCTS, called, changes_in_place, describes, modules_of, pools_globally
 from se_fx.products import VectorLinear
 from se_fx.regions import hooked
-from se_fx.residual import changes_in_place
 
 __all__ = ["Affine", "Algebra", "Scale"]
 

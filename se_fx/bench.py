@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from se_fx.arguments import is_count, is_number
 from se_fx.errors import SqueezeExciteError
 from se_fx.fakes import Call, as_call, describe_call
 from se_fx.memory import peak_bytes
@@ -264,15 +265,15 @@ def _surroundings(device: torch.device, compiles: bool, freezing: bool) -> Itera
 
 # ----------------------------------------------------------------------------------------------------------------- checks
 def _check(batch_sizes: Any, rounds: Any, min_seconds: Any, dtype: Any, autocast: Any) -> None:
-    if not isinstance(batch_sizes, Sequence) or not batch_sizes or not all(map(_is_count, batch_sizes)):
+    if not isinstance(batch_sizes, Sequence) or not batch_sizes or not all(map(is_count, batch_sizes)):
         raise SqueezeExciteError(f"batch_sizes={batch_sizes!r}: expected integers >= 1, such as (1, 8)")
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise SqueezeExciteError(f"dtype={dtype!r}: expected None, or a floating-point dtype such as torch.bfloat16")
     if autocast not in (None, torch.bfloat16, torch.float16):
         raise SqueezeExciteError(f"autocast={autocast!r}: expected None, torch.bfloat16 or torch.float16")
-    if not _is_count(rounds):
+    if not is_count(rounds):
         raise SqueezeExciteError(f"rounds={rounds!r}: expected an integer >= 1")
-    if not isinstance(min_seconds, (int, float)) or not 0 <= min_seconds < math.inf:
+    if not is_number(min_seconds) or not 0 <= min_seconds < math.inf:
         raise SqueezeExciteError(f"min_seconds={min_seconds!r}: expected seconds, a number >= 0")
 
 
@@ -283,10 +284,6 @@ def _check_modes(compiled: Any, freezing: bool, training: bool) -> None:
         raise SqueezeExciteError('freezing=True: freezes weights in compiled code; pass compiled=True or "both"')
     if freezing and training:
         raise SqueezeExciteError("freezing=True: freezes weights, which training changes; pass training=False")
-
-
-def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
 def _named(models: Any) -> dict[str, nn.Module]:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from se_fx.arguments import is_count, is_number
 from se_fx.errors import SqueezeExciteError
 
 __all__ = ["ACTIVATIONS", "BLOCKS", "GATES", "INITS", "SqueezeExcite2d", "latent_width"]
@@ -36,8 +37,9 @@ def latent_width(latent_channels: float, channels: int) -> int:
     >>> latent_width(64, 512), latent_width(1 / 16, 512), latent_width(1 / 16, 8)
     (64, 32, 1)
     """
-    is_number = isinstance(latent_channels, (int, float)) and not isinstance(latent_channels, bool)
-    if not is_number or not (0 < latent_channels < 1 or (latent_channels >= 1 and float(latent_channels).is_integer())):
+    if not is_number(latent_channels) or not (
+        0 < latent_channels < 1 or (latent_channels >= 1 and float(latent_channels).is_integer())
+    ):
         raise SqueezeExciteError(
             f"latent_channels={latent_channels!r}: expected a hidden width (an integer >= 1, such as 64) "
             "or a fraction of the channels in (0, 1), such as 1/16"
@@ -92,7 +94,7 @@ class SqueezeExcite2d(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if isinstance(num_features, bool) or not isinstance(num_features, int) or num_features < 1:
+        if not is_count(num_features):
             raise SqueezeExciteError(f"num_features={num_features!r}: expected the number of channels, an integer >= 1")
         if init not in INITS:
             raise SqueezeExciteError(f"init={init!r}: expected one of {', '.join(map(repr, INITS))}")

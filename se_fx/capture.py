@@ -23,13 +23,14 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from se_fx.errors import SqueezeExciteError
+from se_fx.cloning import clone
+from se_fx.plain import check_plain
 from se_fx.randomness import random_state, set_random_state
-from se_fx.regions import Inserted, clone, constants_of, hooked
+from se_fx.regions import Inserted, constants_of, hooked
 from se_fx.snapshot import Snapshot
 from se_fx.tracing import DRAWS, Tracer, reason_of
 
-__all__ = ["Capture", "Region", "capture", "check_whole", "collector_paused", "is_foreign"]
+__all__ = ["Capture", "Region", "capture", "collector_paused", "is_foreign"]
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,7 @@ def capture(model: nn.Module, *, finely: bool = False) -> Capture:
     Raises:
         SqueezeExciteError: `model` is not an `nn.Module`, or is wrapped, compiled, scripted or not initialised yet.
     """
-    _check(model)
+    check_plain(model)
     scratch = clone(model)
     entered = set(filter(is_foreign, scratch.modules())) if finely else _conv_holders(scratch)
     names = {id(module): name for name, module in scratch.named_modules()}
@@ -320,51 +321,3 @@ def is_foreign(module: nn.Module) -> bool:
     """Whether a module's code isn't PyTorch's own."""
     home = type(module).forward.__module__ or ""  # the code of an fx.GraphModule has none
     return isinstance(module, nn.Sequential) or not home.startswith("torch.nn")
-
-
-_WRAPPERS = {"DistributedDataParallel", "DataParallel", "FullyShardedDataParallel", "FSDPModule", "DDP"}
-
-
-def check_whole(
-    model: nn.Module, advice: str = "use a plain model made by the same plan, and load the full state_dict into it"
-) -> None:
-    """Refuse what only works on whole tensors and plain modules.
-
-    Raises:
-        SqueezeExciteError: a part of the model is wrapped, or its tensors are sharded, for distribution.
-    """
-    for name, module in model.named_modules():
-        where = f"model's submodule {name!r}" if name else "model"
-        if _torch_bases(module) & _WRAPPERS:
-            raise SqueezeExciteError(f"{where} is wrapped for distribution already ({type(module).__name__}): {advice}")
-        for key, tensor in (*module._parameters.items(), *module._buffers.items()):
-            if "DTensor" in (kind.__name__ for kind in type(tensor).__mro__):
-                raise SqueezeExciteError(f"{where} has {key!r} distributed already, as a DTensor: {advice}")
-
-
-def _torch_bases(module: nn.Module) -> set[str]:
-    return {kind.__name__ for kind in type(module).__mro__ if kind.__module__.startswith("torch.")}
-
-
-def _check(model: nn.Module) -> None:
-    if not isinstance(model, nn.Module):
-        raise SqueezeExciteError(f"model={type(model).__name__}: expected an nn.Module")
-    check_whole(model, "transform the plain model first, then wrap or shard the result")
-    for name, module in model.named_modules():
-        where = f"model's submodule {name!r}" if name else "model"
-        if "OptimizedModule" in _torch_bases(module) or getattr(module, "_compiled_call_impl", None) is not None:
-            raise SqueezeExciteError(
-                f"{where} is compiled already ({type(module).__name__}): transform the plain model first, "
-                "then compile the result"
-            )
-        if isinstance(module, torch.jit.ScriptModule) and any(
-            getattr(part, "original_name", "") == "Conv2d" for part in module.modules()
-        ):
-            raise SqueezeExciteError(
-                f"{where} is TorchScript: transform the Python model first, then script or export the result"
-            )
-        lazy = [key for key, p in module._parameters.items() if p is not None and nn.parameter.is_lazy(p)]
-        if lazy:
-            raise SqueezeExciteError(
-                f"{where} has the uninitialised lazy parameter {lazy[0]!r}: run the model once on an example, then transform it"
-            )

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from se_fx.cloning import clone
 from se_fx.errors import SqueezeExciteError
 from se_fx.fakes import as_call
 from se_fx.gates import labelled
 from se_fx.progress import progress_bar
-from se_fx.regions import clone
 
 __all__ = ["Changes", "compare"]
 

@@ -25,9 +25,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
+from se_fx.cloning import clone
 from se_fx.errors import SqueezeExciteError
 from se_fx.fakes import Call, as_call, describe_call, faked
-from se_fx.regions import clone
 
 __all__ = ["NO_COST", "Cost", "Measurement", "Operator", "measure"]
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from se_fx.arguments import is_count
 from se_fx.errors import SqueezeExciteError
 from se_fx.patterns import check_each_matches, matches
 
@@ -64,10 +65,6 @@ def least_channels(value: int | str, channels: Sequence[int]) -> int:
     return min(AUTO, max(channels)) if value == "auto" else int(value)
 
 
-def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
-
-
 def _too_few_channels(value: int | str, candidates: Candidates) -> dict[str, str]:
     least = least_channels(value, [each.conv.out_channels for each in candidates.values()])
     return {
@@ -107,7 +104,7 @@ CRITERIA: dict[str, Criterion] = {
     "min_channels": Criterion(
         default=128,
         expected='the least number of output channels a Conv2d needs, an integer >= 1, or "auto"',
-        accepts=lambda value: value == "auto" if isinstance(value, str) else _is_count(value),
+        accepts=lambda value: value == "auto" if isinstance(value, str) else is_count(value),
         excludes=_too_few_channels,
         argument={"type": _count_or_text, "metavar": "N", "help": 'least output channels of a conv, or "auto" (default: 128)'},
     ),

@@ -18,6 +18,7 @@ __all__ = [
     "Modules",
     "attention_convs",
     "called",
+    "changes_in_place",
     "describes",
     "inserted",
     "live",
@@ -60,6 +61,18 @@ def describes(node: fx.Node) -> bool:
         return node.args[1] not in ("T", "mT", "data")
     name = str(node.target) if node.op == "call_method" else getattr(node.target, "__name__", "")
     return name in ("size", "dim", "numel", "stride", "type") or name.startswith("new_") or name.endswith("_like")
+
+
+def changes_in_place(node: fx.Node, modules: Modules) -> bool:
+    """Whether a node writes its result where its input was."""
+    module = called(node, modules)
+    if module is not None:
+        return bool(getattr(module, "inplace", False))
+    if node.op == "call_method":
+        return str(node.target).endswith("_") and not str(node.target).endswith("__")
+    name = getattr(node.target, "__name__", "")
+    in_place = name.endswith("_") or name.startswith(("iadd", "isub", "imul", "itruediv", "ipow", "setitem"))
+    return in_place or node.kwargs.get("inplace") is True or (name in ("relu", "silu", "gelu") and True in node.args[1:])
 
 
 def pooled(graph: fx.Graph, modules: Modules) -> set[fx.Node]:

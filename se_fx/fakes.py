@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from se_fx.cloning import clone
 from se_fx.errors import SqueezeExciteError
-from se_fx.regions import clone
 
 __all__ = ["as_call", "describe_call", "faked"]
 

@@ -14,18 +14,21 @@ from typing import Any
 
 from tabulate import tabulate
 from torch import Tensor, fx, nn
-from torch.nn.utils.parametrize import is_parametrized
 
+from se_fx.arguments import is_number
 from se_fx.blocks import SqueezeExcite2d
-from se_fx.capture import Capture, Region, check_whole
+from se_fx.capture import Capture, Region
 from se_fx.changes import Changes, compare
+from se_fx.cloning import clone
 from se_fx.cost import NO_COST, Cost
 from se_fx.dataflow import Modules, called, modules_of
 from se_fx.errors import SqueezeExciteError
 from se_fx.gates import GateProfile, SiteGates
 from se_fx.insertion import CONTAINER, Insertion, blocks_of, copied_graph, insert, withdraw
+from se_fx.plain import check_whole
 from se_fx.plan import Plan, Skip, give_plan, take_plans
-from se_fx.regions import clone, constants_of, graphs_of, hooked
+from se_fx.regions import constants_of, graphs_of
+from se_fx.wiring import Kept, Wiring
 
 __all__ = ["FoldedSite", "Folding", "KeptSite", "fold_gates"]
 
@@ -165,14 +168,14 @@ def fold_gates(
     _check_tolerance(tolerance)
     gates = _fitting(profile, rewritten, plan)
     batches = None if held_out is None else _listed(held_out)
-    wiring = _Wiring(rewritten)
+    wiring = Wiring(rewritten)
     folded: list[FoldedSite] = []
     kept: list[KeptSite] = []
     for site in plan.sites:
         try:
             spread, deviation = _constant(gates.get(site.name), tolerance)
             folded.append(FoldedSite(site.name, wiring.producer(site.name), spread, deviation, site.cost))
-        except _Kept as kept_because:
+        except Kept as kept_because:
             kept.append(KeptSite(site.name, str(kept_because)))
     model = _folded(rewritten, folded, gates)
     take_plans(model)
@@ -186,8 +189,7 @@ def fold_gates(
 
 # ------------------------------------------------------------------------------------------------------------- arguments
 def _check_tolerance(tolerance: Any) -> None:
-    is_number = isinstance(tolerance, (int, float)) and not isinstance(tolerance, bool)
-    if not is_number or not 0 <= tolerance < math.inf:
+    if not is_number(tolerance) or not 0 <= tolerance < math.inf:
         raise SqueezeExciteError(
             f"tolerance={tolerance!r}: expected how far gates may vary, a number >= 0 in units of the gate, such as 0.02"
         )
@@ -223,117 +225,22 @@ def _listed(held_out: Any) -> list[Any]:
 
 
 # ---------------------------------------------------------------------------------------------------------- what is legal
-class _Kept(Exception):
-    """A block stays; the message says why."""
-
-
 def _constant(gates: SiteGates | None, tolerance: float) -> tuple[float, float | None]:
     """How far a site's gates spread over samples, and over classes, if they are constant within `tolerance`."""
     if gates is None:
-        raise _Kept("the profile has no gates for it")
+        raise Kept("the profile has no gates for it")
     if gates.samples < 2:
         number = "one sample" if gates.samples else "no sample"
-        raise _Kept(f"it was reached by {number} of the profile's data, which shows no spread")
+        raise Kept(f"it was reached by {number} of the profile's data, which shows no spread")
     spread = float(gates.channel_spreads.max())
     distances = [float((means - gates.channel_means).abs().max()) for means in gates.class_means.values()]
     if not all(map(math.isfinite, (spread, *distances, *gates.channel_means.tolist()))):
-        raise _Kept("some of its gates are not finite")
+        raise Kept("some of its gates are not finite")
     if spread > tolerance:
-        raise _Kept(f"its gates' spread over samples is up to {spread:.4f}")
+        raise Kept(f"its gates' spread over samples is up to {spread:.4f}")
     if distances and max(distances) > tolerance:
-        raise _Kept(f"a class's mean gate is up to {max(distances):.4f} off the mean")
+        raise Kept(f"a class's mean gate is up to {max(distances):.4f} off the mean")
     return spread, max(distances) if distances else None
-
-
-#: What may take a gate: modules whose value is, channel by channel, linear in `weight` and `bias` together.
-_PRODUCERS = (nn.Conv2d, nn.BatchNorm2d, nn.SyncBatchNorm, nn.GroupNorm, nn.InstanceNorm2d)
-
-
-class _Wiring:
-    """What the graphs of a rewritten model call and read, and whose parameters are whose."""
-
-    def __init__(self, rewritten: nn.Module) -> None:
-        self.root = rewritten
-        self.blocks = blocks_of(rewritten)
-        self.names: dict[nn.Module, str] = {module: name for name, module in rewritten.named_modules()}
-        self.called: dict[fx.Node, nn.Module] = {}
-        self.calls: dict[nn.Module, list[fx.Node]] = {}
-        self.region: dict[fx.Graph, nn.Module] = {}
-        self.read: set[nn.Module] = set()  # by graphs, past their calls
-        self.owners: dict[Tensor, list[str]] = {}
-        for name, parameter in rewritten.named_parameters(remove_duplicate=False):
-            self.owners.setdefault(parameter, []).append(name)
-        for module in rewritten.modules():
-            graphs = graphs_of(module)
-            if graphs is not None:
-                modules = modules_of(module)
-                for graph in set(graphs.values()):  # one, where the modes agree
-                    self.region[graph] = module
-                    self._note(graph, modules)
-
-    def _note(self, graph: fx.Graph, modules: Modules) -> None:
-        for node in graph.nodes:
-            module = called(node, modules)
-            if module is not None:
-                self.called[node] = module
-                self.calls.setdefault(module, []).append(node)
-            elif node.op == "get_attr":
-                self.read.add(modules[str(node.target).rpartition(".")[0]])
-
-    def producer(self, site: str) -> str:
-        """The qualified name of the module whose weights can take the gate of the block at `site`.
-
-        Raises:
-            _Kept: there is none.
-        """
-        block = self.root.get_submodule(self.blocks[site])
-        if hooked(block):
-            raise _Kept("its block has hooks")
-        if block in self.calls:
-            producer = bare = self._scaled_by(block)
-        else:  # of a lone conv: the block acts at each of its calls, as its weights do
-            producer = self.root.get_submodule(site)
-            bare = clone(producer)
-            withdraw(bare)
-        name = self.names[producer]
-        self._check_plain(name, producer)
-        if hooked(bare):
-            raise _Kept(f"{name} has hooks, which see its value unscaled")
-        return name
-
-    def _scaled_by(self, block: nn.Module) -> nn.Module:
-        """The module whose value a block in graphs scales, for all readers."""
-        values = {node.all_input_nodes[0] for node in self.calls[block]}  # one, or one in each mode
-        for value in values:
-            if value not in self.called:
-                raise _Kept(f"it scales what {value.name} returns, which is no module's value")
-        producers = {self.called[value] for value in values}
-        producer = producers.pop()
-        calls = self.calls[producer]
-        graphs = {node.graph for node in calls}
-        if producers:
-            raise _Kept("it scales the values of several modules")
-        if len(calls) > len(graphs) or len({self.region[graph] for graph in graphs}) > 1:
-            raise _Kept(f"{self.names[producer]} is called several times")
-        if values != set(calls) or any(len(value.users) > 1 for value in values):
-            raise _Kept(f"what {self.names[producer]} returns is read by others too")
-        return producer
-
-    def _check_plain(self, name: str, module: nn.Module) -> None:
-        if is_parametrized(module):
-            raise _Kept(f"{name} is parametrized")
-        kind = next((kind for kind in _PRODUCERS if isinstance(module, kind)), nn.Module)
-        inherits = all(getattr(type(module), code, None) is getattr(kind, code, None) for code in ("forward", "_conv_forward"))
-        if kind is nn.Module or not inherits or "forward" in vars(module):
-            raise _Kept(f"it scales what {name} returns, a {type(module).__name__}: no plain Conv2d or norm")
-        if type(module._parameters.get("weight")) is not nn.Parameter:
-            raise _Kept(f"{name} has no weight of its own")
-        for parameter in module.parameters(recurse=False):
-            first, *others = self.owners[parameter]
-            if others:
-                raise _Kept(f"{first} is also {others[0]}")
-        if module in self.read:
-            raise _Kept(f"weights of {name} are read in another way too")
 
 
 # ---------------------------------------------------------------------------------------------------------------- surgery

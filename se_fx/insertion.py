@@ -11,9 +11,10 @@ from torch import Tensor, fx, nn
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
 from se_fx.capture import Capture, Region, collector_paused
+from se_fx.cloning import clone
 from se_fx.errors import SqueezeExciteError
 from se_fx.placement import Spot
-from se_fx.regions import Inserted, add_constants, clone, restore_code, run_graphs, view
+from se_fx.regions import Inserted, add_constants, restore_code, run_graphs, view
 from se_fx.tracing import TRACED_HOOKS, Tracer
 
 __all__ = ["CONTAINER", "InsertBlocks", "Insertion", "attach", "blocks_of", "copied_graph", "insert", "withdraw"]

@@ -9,7 +9,7 @@ from typing import Any
 from tabulate import tabulate
 from torch import nn
 
-from se_fx.cost import Cost
+from se_fx.cost import NO_COST, Cost
 from se_fx.rewrites import Change
 
 __all__ = ["Optimization", "Step", "give_optimization", "optimization_of"]
@@ -68,7 +68,7 @@ class Optimization:
         headers = ["rewrite", "done", "not done"]
         if self.before is not None:
             headers += ["parameters saved", "MACs saved", "FLOPs saved", "bytes saved"]
-            total = sum((step.saved for step in self.steps if step.saved is not None), Cost())
+            total = sum((step.saved for step in self.steps if step.saved is not None), NO_COST)
             shares = zip(total.astuple(), self.before.astuple(), strict=True)
             rows.append(["all, of the model's", "", "", *(f"{saved / of:.2%}" if of else "" for saved, of in shares)])
         return tabulate(rows, headers, disable_numparse=True, colalign=("left", *["right"] * (len(headers) - 1)))

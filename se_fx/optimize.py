@@ -13,6 +13,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicO
 
 from se_fx.algebra import Algebra
 from se_fx.capture import Capture, capture, collector_paused, is_foreign
+from se_fx.cloning import clone
 from se_fx.cost import measure
 from se_fx.dataflow import called, modules_of
 from se_fx.errors import SqueezeExciteError, hint
@@ -20,7 +21,7 @@ from se_fx.fakes import Call, as_call, faked
 from se_fx.insertion import copied_graph, withdraw
 from se_fx.optimization import Optimization, Step, give_optimization, optimization_of
 from se_fx.plan import take_plans
-from se_fx.regions import GraphRegion, add_constants, clone, hooked, own_class, restore_code, run_graphs, view
+from se_fx.regions import GraphRegion, add_constants, hooked, own_class, restore_code, run_graphs, view
 from se_fx.rewrites import REWRITES, Change, Rewrite
 from se_fx.tracing import Tracer, has_traced_hooks
 

@@ -19,8 +19,8 @@ from dataclasses import dataclass
 
 from torch import fx, nn
 
-from se_fx.dataflow import Modules, called, inserted, modules_of
-from se_fx.residual import Unit, activation_after, changes_in_place, residual_units
+from se_fx.dataflow import Modules, called, changes_in_place, inserted, modules_of
+from se_fx.residual import Unit, activation_after, residual_units
 
 __all__ = ["ELSEWHERE", "PLACEMENTS", "Policy", "Spot", "conv", "identity", "norm", "post", "pre", "residual"]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -11,6 +12,7 @@ from typing import Any
 from tabulate import tabulate
 from torch import nn
 
+from se_fx.arguments import is_number
 from se_fx.blocks import ACTIVATIONS, BLOCKS, GATES, INITS
 from se_fx.cost import NO_COST, Cost
 from se_fx.errors import SqueezeExciteError
@@ -165,8 +167,7 @@ class Plan:
         return self._keep(kept, f"over the budget of {budget}")
 
     def _limit(self, name: str, value: Any) -> float:
-        is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and value >= 0
-        if not is_number or (value > 1 and value != int(value)):
+        if not is_number(value) or not 0 <= value < math.inf or (value > 1 and value != int(value)):
             raise SqueezeExciteError(
                 f"{name}={value!r}: expected a number of {name}, an integer >= 0, or a fraction in (0, 1) of the model's own"
             )
@@ -343,15 +344,14 @@ def plan_of(model: nn.Module) -> Plan | None:
     return plan if isinstance(plan, Plan) else None
 
 
-def plan_within(model: nn.Module) -> Plan | None:
+def plan_within(model: nn.Module) -> Plan:
     """The sites that a model has already, of its own plan and of those of modules within it, under their names here."""
-    found = plan_of(model)
+    found = plan_of(model) or Plan(())
     for path, module in model.named_modules():
         inner = plan_of(module) if path else None
         if inner is not None:
             sites = tuple(dataclasses.replace(site, name=f"{path}.{site.name}".rstrip(".")) for site in inner.sites)
-            outer = Plan(sites, callables=inner.callables)
-            found = outer if found is None else found | outer
+            found |= Plan(sites, callables=inner.callables)
     return found
 
 

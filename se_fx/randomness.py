@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from se_fx.arguments import is_count
 from se_fx.errors import SqueezeExciteError
 
 __all__ = ["check_seed", "drawing_from", "kept_on_failure", "random_state", "set_random_state"]
@@ -42,7 +43,7 @@ def check_seed(seed: Any) -> None:
     Raises:
         SqueezeExciteError: `seed` is neither None nor an integer from 0 to 2**64 - 1.
     """
-    if seed is not None and not (isinstance(seed, int) and not isinstance(seed, bool) and 0 <= seed < 2**64):
+    if seed is not None and not (is_count(seed, 0) and seed < 2**64):
         raise SqueezeExciteError(f"seed={seed!r}: expected an integer from 0 to 2**64 - 1, or None for the global generators")
 
 

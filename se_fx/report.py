@@ -10,7 +10,7 @@ from typing import Any
 
 from tabulate import tabulate
 
-from se_fx.cost import Cost, Operator
+from se_fx.cost import NO_COST, Cost, Operator
 from se_fx.errors import SqueezeExciteError
 from se_fx.plan import Site, Skip, percent, site_table
 from se_fx.roofline import Machine
@@ -151,7 +151,7 @@ class Report:
         rows = []
         for stage, names in stages(in_order(by_name, [skip.name for skip in self.skipped])).items():
             sites = [by_name[name] for name in names if name in by_name]
-            cost = sum((site.cost for site in sites), Cost())
+            cost = sum((site.cost for site in sites), NO_COST)
             channels = sorted({site.channels for site in sites})
             span = f"{channels[0]:,} to {channels[-1]:,}" if len(channels) > 1 else "".join(map(str, channels))
             row = [stage, f"{len(sites)} of {len(names)}", span, cost.params]

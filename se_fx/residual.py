@@ -14,7 +14,7 @@ from torch import fx, nn
 from se_fx.channels import channels
 from se_fx.dataflow import ADDS, Modules, attention_convs, called, inserted, live, modules_of, pooled
 
-__all__ = ["Unit", "activation_after", "changes_in_place", "residual_units"]
+__all__ = ["Unit", "activation_after", "residual_units"]
 
 
 @dataclass(frozen=True)
@@ -197,15 +197,3 @@ def activation_after(node: fx.Node, modules: Modules) -> fx.Node | None:
         return None
     module = called(users[0], modules)
     return users[0] if module is None or not list(module.parameters()) else None
-
-
-def changes_in_place(node: fx.Node, modules: Modules) -> bool:
-    """Whether a node writes its result where its input was."""
-    module = called(node, modules)
-    if module is not None:
-        return bool(getattr(module, "inplace", False))
-    if node.op == "call_method":
-        return str(node.target).endswith("_") and not str(node.target).endswith("__")
-    name = getattr(node.target, "__name__", "")
-    in_place = name.endswith("_") or name.startswith(("iadd", "isub", "imul", "itruediv", "ipow", "setitem"))
-    return in_place or node.kwargs.get("inplace") is True or (name in ("relu", "silu", "gelu") and True in node.args[1:])

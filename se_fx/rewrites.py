@@ -19,10 +19,10 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from se_fx.algebra import Affine, Algebra, Scale, with_parameters
-from se_fx.dataflow import called, describes
+from se_fx.cloning import clone
+from se_fx.dataflow import called, changes_in_place
+from se_fx.editing import insert_buffer, insert_call, multiply, replace, sweep
 from se_fx.products import VectorLinear, few
-from se_fx.regions import clone
-from se_fx.residual import changes_in_place
 
 __all__ = ["REWRITES", "Change", "Rewrite"]
 
@@ -59,13 +59,13 @@ def constant_gates(algebra: Algebra) -> Iterator[Change]:
             yield Change(_place(way[-1]), False, "is zero, but what follows isn't known to act on each channel alone")
             continue
         with algebra.graph.inserting_before(scale.node):
-            factor_node = _buffer(algebra, scale.node, "factor", factor)
+            factor_node = insert_buffer(algebra, scale.node, "factor", factor)
             new = algebra.graph.call_function(torch.mul, (scale.value, factor_node))
         place = _place(way[-1])
-        _replace(algebra, scale.node, new)
+        replace(algebra, scale.node, new)
         is_one = bool((factor == 1).all())
         if is_one and algebra.readers(scale.value) == [new]:
-            _replace(algebra, new, scale.value)
+            replace(algebra, new, scale.value)
         yield Change(place, True, "is 1 for every input" if is_one else "is the same for every input")
 
 
@@ -126,24 +126,24 @@ def _into_conv(algebra: Algebra, conv: nn.Conv2d, norm: Affine, node: fx.Node) -
     folded = with_parameters(cast("nn.Conv2d", clone(conv)), weight.to(like), bias.to(like))
     source = norm.source
     with algebra.graph.inserting_before(source):
-        new = _call(algebra, source, "folded", folded, source.all_input_nodes[0])
+        new = insert_call(algebra, source, "folded", folded, source.all_input_nodes[0])
     change = Change(_place(node), True, f"into {_place(source)}")
-    _replace(algebra, node, new)
-    _replace(algebra, source, new)
+    replace(algebra, node, new)
+    replace(algebra, source, new)
     return change
 
 
 def _into_gate(algebra: Algebra, scale: Scale, norm: Affine, node: fx.Node) -> Change:
     with algebra.graph.inserting_before(node):
         factor, summand = (
-            _buffer(algebra, node, name, each.to(norm.dtype)[None, :, None, None])
+            insert_buffer(algebra, node, name, each.to(norm.dtype)[None, :, None, None])
             for name, each in (("scale", norm.weight), ("shift", norm.bias))
         )
         gate = algebra.graph.call_function(torch.mul, (scale.gate, factor))
         new = algebra.graph.call_function(torch.addcmul, (summand, scale.value, gate))
     change = Change(_place(node), True, f"its scale into the gate of {_place(scale.value)}")
-    _replace(algebra, node, new)
-    _sweep(algebra, scale.node)
+    replace(algebra, node, new)
+    sweep(algebra, scale.node)
     return change
 
 
@@ -182,7 +182,7 @@ def hoist_squeezes(algebra: Algebra) -> Iterator[Change]:
             with algebra.graph.inserting_before(first):
                 average = algebra.graph.call_method("mean", (affine.source, (2, 3)), {"keepdim": not flat})
             algebra.vectors[average] = (widths[upstream],) if flat else (widths[upstream], 1, 1)
-            _multiply(algebra, old, average, affine)
+            multiply(algebra, old, average, affine)
         absorbed = "" if products else f", then multiplies by a {matrix}"
         yield Change(_place(value), True, f"averages {widths[upstream]} channels instead of {widths[0]}{absorbed}")
 
@@ -240,7 +240,7 @@ def vector_products(algebra: Algebra) -> Iterator[Change]:
             continue
         module, change = called(node, algebra.modules), Change(_place(node), True, "{1} to {0}".format(*product.matrix.shape))
         if not isinstance(module, VectorLinear):
-            module = _multiply(algebra, node, product.source, product)
+            module = multiply(algebra, node, product.source, product)
         module.few = few(module.weight)
         yield change
 
@@ -255,15 +255,15 @@ def fuse_scales(algebra: Algebra) -> Iterator[Change]:
             summand = next(source for source in reader.all_input_nodes if source is not scale.node)
             with algebra.graph.inserting_before(reader):
                 new = algebra.graph.call_function(torch.addcmul, (summand, scale.value, scale.gate))
-            _replace(algebra, reader, new)
-            _sweep(algebra, scale.node)
+            replace(algebra, reader, new)
+            sweep(algebra, scale.node)
             yield Change(place, True, "with the sum that reads it")
         elif changes_in_place(scale.node, algebra.modules):
             continue
         elif algebra.is_own(scale.value) and not algebra.is_read_after(scale.value, scale.node):
             with algebra.graph.inserting_before(scale.node):
                 new = algebra.graph.call_method("mul_", (scale.value, scale.gate))
-            _replace(algebra, scale.node, new)
+            replace(algebra, scale.node, new)
             yield Change(place, True, "in place")
         else:
             yield Change(place, False, "others read the value, or may")
@@ -286,62 +286,7 @@ REWRITES: dict[str, Rewrite] = {
 }
 
 
-# --------------------------------------------------------------------------------------------------------------- editing
-def _multiply(algebra: Algebra, old: fx.Node, vector: fx.Node, affine: Affine) -> VectorLinear:
-    """Put a product of `vector` and a matrix in place of `old`, and of what alone led there."""
-    weight, bias = affine.matrix.to(affine.dtype), affine.bias.to(affine.dtype)
-    module = VectorLinear(weight, bias if bool(bias.any()) else None)
-    with algebra.graph.inserting_before(old):
-        new = _call(algebra, old, "product", module, vector)
-    _replace(algebra, old, new)
-    return module
-
-
-def _call(algebra: Algebra, near: fx.Node, suffix: str, module: nn.Module, source: fx.Node) -> fx.Node:
-    """A call of a new module, named after what `near` calls."""
-    target = _free_name(algebra, str(near.target) if near.op == "call_module" else near.name, suffix)
-    algebra.module.add_submodule(target, module)
-    algebra.modules[target] = module
-    return algebra.graph.call_module(target, (source,))
-
-
-def _buffer(algebra: Algebra, near: fx.Node, suffix: str, value: Tensor) -> fx.Node:
-    name = _free_name(algebra, near.name, suffix)
-    algebra.module.register_buffer(name, value.detach())
-    return algebra.graph.get_attr(name)
-
-
-def _free_name(algebra: Algebra, base: str, suffix: str) -> str:
-    name, count = f"{base}_{suffix}", 2
-    taken = {*algebra.modules, *(str(node.target) for node in algebra.graph.nodes if node.op == "get_attr")}
-    while name in taken:
-        name, count = f"{base}_{suffix}_{count}", count + 1
-    return name
-
-
-def _replace(algebra: Algebra, old: fx.Node, new: fx.Node) -> None:
-    """Have all readers of a value read another in its place, and erase what nobody reads any more."""
-    if old in algebra.maps:
-        algebra.maps.setdefault(new, algebra.maps[old])
-    if old in algebra.vectors:
-        algebra.vectors.setdefault(new, algebra.vectors[old])
-    new.meta = {**old.meta, **new.meta}
-    old.replace_all_uses_with(new)
-    _sweep(algebra, old)
-
-
-def _sweep(algebra: Algebra, node: fx.Node) -> None:
-    """Erase a node that nobody reads, and then those it read, if they do nothing but compute gates or constants."""
-    if node.users or node._erased:
-        return
-    sources = node.all_input_nodes
-    algebra.graph.erase_node(node)
-    for source in sources:
-        idle = source in algebra.vectors or source.op == "get_attr" or describes(source) or algebra.constant(source) is not None
-        if idle and (not changes_in_place(source, algebra.modules) or algebra.is_own(source)):
-            _sweep(algebra, source)
-
-
+# ----------------------------------------------------------------------------------------------------------------- words
 def _place(node: fx.Node) -> str:
     return str(node.target) if node.op == "call_module" else node.name
 

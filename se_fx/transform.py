@@ -11,19 +11,22 @@ from torch import nn
 from torch.optim import Optimizer
 
 from se_fx.activations import activation_bytes
-from se_fx.capture import capture, check_whole
-from se_fx.choosing import choose, fit, locate, new_block
-from se_fx.cost import Cost, Measurement, measure
+from se_fx.capture import capture
+from se_fx.choosing import choose, fit
+from se_fx.cloning import clone
+from se_fx.cost import NO_COST, Measurement, measure
 from se_fx.criteria import Where
 from se_fx.errors import SqueezeExciteError
 from se_fx.insertion import CONTAINER, attach, blocks_of, insert, withdraw
+from se_fx.locating import locate, new_block
 from se_fx.optimization import Optimization, optimization_of
 from se_fx.optimizers import Joining, as_optimizers
 from se_fx.options import BlockFactory, Function, Options, Overrides
 from se_fx.placement import Policy
+from se_fx.plain import check_whole
 from se_fx.plan import Plan, give_plan, plan_of, plan_within, take_plans
 from se_fx.randomness import check_seed, drawing_from, kept_on_failure
-from se_fx.regions import clone, graphs_of, own_class
+from se_fx.regions import graphs_of, own_class
 from se_fx.report import Report
 
 __all__ = ["apply_squeeze_excite", "plan", "remove", "report", "transform"]
@@ -112,7 +115,7 @@ def transform(
         with drawing_from(seed) as made_on:
             insertions = locate(captured, chosen, made_on=made_on)
         rewritten = insert(captured, insertions)
-        give_plan(rewritten, (plan_within(model) or Plan(())) | chosen)
+        give_plan(rewritten, plan_within(model) | chosen)
         if example_inputs is not None:
             give_plan(rewritten, _costed(rewritten, example_inputs)[0])
     return rewritten
@@ -268,7 +271,7 @@ def apply_squeeze_excite(
             for name, block in blocks.items():
                 attach(convs[name], block)
             join.apply()
-            give_plan(model, (plan_within(model) or Plan(())) | chosen)
+            give_plan(model, plan_within(model) | chosen)
         except BaseException:  # an interrupt, too
             for conv in convs.values():
                 withdraw(conv)
@@ -298,5 +301,5 @@ def _costed(rewritten: nn.Module, example_inputs: Any) -> tuple[Plan, Measuremen
         shape = measurement.shapes.get(site.name)
         spatial = (shape[-2], shape[-1]) if shape else None
         sites.append(dataclasses.replace(site, spatial=spatial, cost=measurement.parts.get(site.name, site.cost)))
-    base = measurement.total - sum((site.cost for site in sites), Cost())
+    base = measurement.total - sum((site.cost for site in sites), NO_COST)
     return dataclasses.replace(known, sites=tuple(sites), base=base, measured=True), measurement
