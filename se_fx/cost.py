@@ -23,7 +23,6 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import flop_registry
 
 from se_fx.cloning import clone
 from se_fx.errors import SqueezeExciteError
@@ -162,7 +161,10 @@ class _Counting(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Adds up the operators that run within it."""
 
     def __init__(self, measurement: Measurement) -> None:
+        from torch.utils.flop_counter import flop_registry  # takes time to import, since it imports Triton
+
         super().__init__()  # type: ignore[no-untyped-call]
+        self.formulas = flop_registry
         self.measurement = measurement
         self.inside: list[str] = []
 
@@ -189,8 +191,8 @@ class _Counting(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def _operations(self, func: Any, args: Any, kwargs: Any, out: Any) -> tuple[int, int]:
         packet = func._overloadpacket
-        if packet in flop_registry:
-            flops = int(flop_registry[packet](*args, **kwargs, out_val=out))
+        if packet in self.formulas:
+            flops = int(self.formulas[packet](*args, **kwargs, out_val=out))
             return flops // 2, flops
         name = packet.__name__
         if name in FREE or func.is_view:

@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import networkx
 import torch
 from torch import fx, nn
 
@@ -90,6 +89,8 @@ def _operands(add: fx.Node, data: set[fx.Node]) -> list[fx.Node]:
 
 def _immediate_dominators(data: set[fx.Node]) -> dict[fx.Node, fx.Node | None]:
     """For each value, the last one that all ways from the inputs to it lead through; None where there is no such."""
+    import networkx  # takes time to import
+
     flow, entry = networkx.DiGraph(), object()
     for node in data:
         sources = [source for source in node.all_input_nodes if source in data]
