@@ -9,9 +9,15 @@ import zoo
 from torch.utils.flop_counter import FlopCounterMode
 
 import se_fx
+from se_fx.capture import capture
+from se_fx.choosing import choose
 from se_fx.cost import measure
 from se_fx.fakes import faked
+from se_fx.insertion import insert
 from se_fx.loading import load_model
+from se_fx.locating import locate
+from se_fx.options import Options
+from se_fx.plan import give_plan
 
 DETECTION = ("rcnn", "retinanet", "fcos", "ssd")
 #: In train mode, one model of every family; detection models need targets then, see test_detection.py.
@@ -46,17 +52,23 @@ UNITLESS = ("alexnet", "densenet", "googlenet", "inception", "shufflenet", "sque
 @pytest.mark.parametrize("name", torchvision.models.list_models(torchvision.models))
 @torch.no_grad()
 def test_every_placement(name: str) -> None:
-    """In eval mode, and of one model of each family in train mode; "conv" is tested above."""
+    """In eval mode, and of one model of each family in train mode; "conv" is tested above.
+
+    The stages of `transform` one by one, since one capture, which takes longest, serves all placements.
+    """
     modes = (False, True) if name in TRAINED else (False,)
     model, args = zoo.load(name, zoo.torchvision_attempts, modes)
+    captured = capture(model.eval())
     for placement in ("norm", "residual", "pre", "post", "identity"):
-        options = {"placement": placement, "min_channels": 1, "latent_channels": 4, "init": "identity"}
+        options = Options.given(placement=placement, min_channels=1, latent_channels=4, init="identity")
         try:
-            rewritten = se_fx.transform(model.eval(), **options)
+            plan = choose(captured, options)
         except se_fx.SqueezeExciteError:  # no such place
             assert name.startswith(UNITLESS)
             continue
-        assert len(se_fx.Plan.of(rewritten)) > 0
+        assert len(plan) > 0
+        rewritten = insert(captured, locate(captured, plan))
+        give_plan(rewritten, plan)
         assert zoo.compare(model, rewritten, args, modes) == "equal"
         assert type(se_fx.remove(rewritten)) is type(model)
 
@@ -75,10 +87,10 @@ def test_macs_are_half_of_pytorchs_flops(name: str) -> None:
     if name in VIDEO:
         assert 2 * measure(model, x).total.macs == counted(model, x) > 0
         return
-    plan = se_fx.plan(model, example_inputs=x, min_channels=1, latent_channels=8)
-    original = counted(model, x)
+    rewritten = se_fx.transform(model, example_inputs=x, min_channels=1, latent_channels=8)
+    plan, original = se_fx.Plan.of(rewritten), counted(model, x)
     assert 2 * plan.base.macs == original > 0
-    assert 2 * plan.added.macs == counted(se_fx.transform(model, plan), x) - original > 0
+    assert 2 * plan.added.macs == counted(rewritten, x) - original > 0
 
 
 def counted(model: torch.nn.Module, x: torch.Tensor) -> int:
