@@ -1,10 +1,16 @@
-"""What arguments may be: the questions that several checks ask. In Python a bool is an int; here it is no number."""
+"""What arguments may be: what several checks ask, or refuse. In Python a bool is an int; here it is no number."""
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
 from typing import Any
 
-__all__ = ["is_count", "is_number"]
+import torch
+
+from se_fx.errors import SqueezeExciteError, shown
+
+__all__ = ["as_device", "as_path", "check_flag", "check_floating", "is_count", "is_number"]
 
 
 def is_number(value: Any) -> bool:
@@ -23,3 +29,42 @@ def is_count(value: Any, least: int = 1) -> bool:
     (True, False, False, False)
     """
     return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def check_flag(name: str, value: Any) -> None:
+    """Raise `SqueezeExciteError` where `value` is neither True nor False."""
+    if not isinstance(value, bool):
+        raise SqueezeExciteError(f"{name}={shown(value)}: expected True or False")
+
+
+def check_floating(name: str, dtype: Any, otherwise: str = "") -> None:
+    """Raise `SqueezeExciteError` where `dtype` is no real floating-point dtype; the message says what else may be given."""
+    if not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise SqueezeExciteError(f"{name}={shown(dtype)}: expected {otherwise}a floating-point dtype such as torch.bfloat16")
+
+
+def as_path(name: str, value: Any) -> Path:
+    """The path of a file.
+
+    Raises:
+        SqueezeExciteError: `value` is none.
+    """
+    if not isinstance(value, (str, os.PathLike)) or not os.fspath(value):
+        raise SqueezeExciteError(f"{name}={shown(value)}: expected the path of a file")
+    return Path(value)
+
+
+def as_device(device: Any) -> torch.device:
+    """The CPU or a CUDA device of this machine.
+
+    Raises:
+        SqueezeExciteError: `device` is neither.
+    """
+    try:
+        where = torch.device(device)
+    except (RuntimeError, TypeError, ValueError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise SqueezeExciteError(f"device={shown(device)}: expected such as 'cpu' or 'cuda:0'. {reason}") from error
+    if where.type != "cpu" and not (where.type == "cuda" and (where.index or 0) < torch.cuda.device_count()):
+        raise SqueezeExciteError(f"device={str(where)!r}: expected 'cpu', or a CUDA device that this machine has")
+    return where

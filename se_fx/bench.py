@@ -20,8 +20,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from se_fx.arguments import is_count, is_number
-from se_fx.errors import SqueezeExciteError
+from se_fx.arguments import as_device, check_flag, check_floating, is_count, is_number
+from se_fx.errors import SqueezeExciteError, shown
 from se_fx.fakes import Call, as_call, describe_call
 from se_fx.memory import peak_bytes
 from se_fx.plan import plan_of
@@ -92,7 +92,7 @@ def bench(
     [('all', 1), ('first', 1), ('all', 4), ('first', 4)]
     """
     _check(batch_sizes, rounds, min_seconds, dtype, autocast)
-    _check_modes(compiled, freezing, training)
+    _check_modes(compiled, freezing, training, channels_last)
     named = _named(models)
     call, where, modes = as_call(example_inputs), _device(named, device), MODES[compiled]
     rows: list[Row] = []
@@ -266,20 +266,22 @@ def _surroundings(device: torch.device, compiles: bool, freezing: bool) -> Itera
 # ----------------------------------------------------------------------------------------------------------------- checks
 def _check(batch_sizes: Any, rounds: Any, min_seconds: Any, dtype: Any, autocast: Any) -> None:
     if not isinstance(batch_sizes, Sequence) or not batch_sizes or not all(map(is_count, batch_sizes)):
-        raise SqueezeExciteError(f"batch_sizes={batch_sizes!r}: expected integers >= 1, such as (1, 8)")
-    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-        raise SqueezeExciteError(f"dtype={dtype!r}: expected None, or a floating-point dtype such as torch.bfloat16")
-    if autocast not in (None, torch.bfloat16, torch.float16):
-        raise SqueezeExciteError(f"autocast={autocast!r}: expected None, torch.bfloat16 or torch.float16")
+        raise SqueezeExciteError(f"batch_sizes={shown(batch_sizes)}: expected integers >= 1, such as (1, 8)")
+    if dtype is not None:
+        check_floating("dtype", dtype, "None, or ")
+    if autocast is not None and not (isinstance(autocast, torch.dtype) and autocast in (torch.bfloat16, torch.float16)):
+        raise SqueezeExciteError(f"autocast={shown(autocast)}: expected None, torch.bfloat16 or torch.float16")
     if not is_count(rounds):
-        raise SqueezeExciteError(f"rounds={rounds!r}: expected an integer >= 1")
+        raise SqueezeExciteError(f"rounds={shown(rounds)}: expected an integer >= 1")
     if not is_number(min_seconds) or not 0 <= min_seconds < math.inf:
-        raise SqueezeExciteError(f"min_seconds={min_seconds!r}: expected seconds, a number >= 0")
+        raise SqueezeExciteError(f"min_seconds={shown(min_seconds)}: expected seconds, a number >= 0")
 
 
-def _check_modes(compiled: Any, freezing: bool, training: bool) -> None:
-    if compiled not in (False, True, "both"):
-        raise SqueezeExciteError(f'compiled={compiled!r}: expected False, True or "both"')
+def _check_modes(compiled: Any, freezing: Any, training: Any, channels_last: Any) -> None:
+    if not (isinstance(compiled, bool) or (isinstance(compiled, str) and compiled == "both")):
+        raise SqueezeExciteError(f'compiled={shown(compiled)}: expected False, True or "both"')
+    for name, value in (("freezing", freezing), ("training", training), ("channels_last", channels_last)):
+        check_flag(name, value)
     if freezing and not compiled:
         raise SqueezeExciteError('freezing=True: freezes weights in compiled code; pass compiled=True or "both"')
     if freezing and training:
@@ -291,7 +293,7 @@ def _named(models: Any) -> dict[str, nn.Module]:
         return {"original": remove(models), "rewritten": models}
     expected = "expected modules by name, the baseline first, or one model that se_fx.transform returned"
     if not isinstance(models, Mapping) or not models:
-        raise SqueezeExciteError(f"models={models if models == {} else type(models).__name__}: {expected}")
+        raise SqueezeExciteError(f"models={'{}' if isinstance(models, Mapping) else type(models).__name__}: {expected}")
     for name, model in models.items():
         if not isinstance(name, str) or not isinstance(model, nn.Module):
             raise SqueezeExciteError(f"models: {name!r} is of type {type(model).__name__}; {expected}")
@@ -299,17 +301,12 @@ def _named(models: Any) -> dict[str, nn.Module]:
 
 
 def _device(models: Mapping[str, nn.Module], device: Any) -> torch.device:
-    try:
-        found = {t.device for model in models.values() for t in (*model.parameters(), *model.buffers())}
-        chosen = {torch.device(device)} if device is not None else found or {torch.device("cpu")}
-    except (RuntimeError, TypeError) as error:
-        raise SqueezeExciteError(f"device={device!r}: expected such as 'cpu' or 'cuda:0'. {reason_of(error)}") from error
-    if len(chosen) > 1:
-        raise SqueezeExciteError(f"device: the models' tensors are on {', '.join(sorted(map(str, chosen)))}; pass one of these")
-    (where,) = chosen
-    if where.type != "cpu" and not (where.type == "cuda" and torch.cuda.is_available()):
-        raise SqueezeExciteError(f"device={str(where)!r}: expected 'cpu', or a CUDA device that this machine has")
-    return where
+    if device is not None:
+        return as_device(device)
+    found = {t.device for model in models.values() for t in (*model.parameters(), *model.buffers())}
+    if len(found) > 1:
+        raise SqueezeExciteError(f"device: the models' tensors are on {', '.join(sorted(map(str, found)))}; pass one of these")
+    return as_device(next(iter(found), "cpu"))
 
 
 def _processor(device: torch.device) -> str:

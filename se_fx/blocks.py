@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from se_fx.arguments import is_count, is_number
-from se_fx.errors import SqueezeExciteError
+from se_fx.arguments import check_flag, check_floating, is_count, is_number
+from se_fx.errors import SqueezeExciteError, shown
 
-__all__ = ["ACTIVATIONS", "BLOCKS", "GATES", "INITS", "SqueezeExcite2d", "latent_width"]
+__all__ = ["ACTIVATIONS", "BLOCKS", "GATES", "INITS", "MOST_CHANNELS", "SqueezeExcite2d", "latent_width"]
 
 #: Gate functions by name. Each maps the excitation's logits to the factors a channel is scaled by.
 GATES: dict[str, Callable[[], nn.Module]] = {"sigmoid": nn.Sigmoid, "hardsigmoid": nn.Hardsigmoid}
@@ -21,6 +21,8 @@ ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {"relu": nn.ReLU, "silu": nn.S
 BLOCKS: dict[str, Callable[[int], nn.Module]] = {}
 #: Initialisations by name; see `SqueezeExcite2d`.
 INITS = ("default", "identity")
+#: The most channels that a block is made for: more than any network has.
+MOST_CHANNELS = 2**20
 
 
 def latent_width(latent_channels: float, channels: int) -> int:
@@ -32,7 +34,8 @@ def latent_width(latent_channels: float, channels: int) -> int:
         channels: channels of the feature map.
 
     Raises:
-        SqueezeExciteError: `latent_channels` is neither.
+        SqueezeExciteError: `latent_channels` is neither, or wider than 1024 and than four times the channels. That is more
+            than any block has a use for, and keeps the memory that a plan from elsewhere can ask for near the model's own.
 
     >>> latent_width(64, 512), latent_width(1 / 16, 512), latent_width(1 / 16, 8)
     (64, 32, 1)
@@ -41,10 +44,17 @@ def latent_width(latent_channels: float, channels: int) -> int:
         0 < latent_channels < 1 or (latent_channels >= 1 and float(latent_channels).is_integer())
     ):
         raise SqueezeExciteError(
-            f"latent_channels={latent_channels!r}: expected a hidden width (an integer >= 1, such as 64) "
+            f"latent_channels={shown(latent_channels)}: expected a hidden width (an integer >= 1, such as 64) "
             "or a fraction of the channels in (0, 1), such as 1/16"
         )
-    return int(latent_channels) if latent_channels >= 1 else max(1, round(latent_channels * channels))
+    width = int(latent_channels) if latent_channels >= 1 else max(1, round(latent_channels * channels))
+    widest = max(1024, 4 * channels)
+    if width > widest:
+        raise SqueezeExciteError(
+            f"latent_channels={shown(latent_channels)}: expected a hidden width of at most {widest}, which is four times the "
+            f"{channels} channels, or 1024"
+        )
+    return width
 
 
 class SqueezeExcite2d(nn.Module):
@@ -61,8 +71,8 @@ class SqueezeExcite2d(nn.Module):
     block of MosaicML Composer's Squeeze-Excite.
 
     Args:
-        num_features: C, the channels of the input.
-        latent_channels: hidden width (integer >= 1), or a fraction in (0, 1) of C.
+        num_features: C, the channels of the input, at most 2**20.
+        latent_channels: hidden width (integer >= 1), or a fraction in (0, 1) of C; at most 4 C, or 1024 where that is more.
         bias: whether the two linear layers have biases.
         activation: a name in `ACTIVATIONS`, or a callable on tensors (a module included).
         gate: a name in `GATES`, or a callable on tensors (a module included).
@@ -94,18 +104,23 @@ class SqueezeExcite2d(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if not is_count(num_features):
-            raise SqueezeExciteError(f"num_features={num_features!r}: expected the number of channels, an integer >= 1")
-        if init not in INITS:
-            raise SqueezeExciteError(f"init={init!r}: expected one of {', '.join(map(repr, INITS))}")
+        if not is_count(num_features) or num_features > MOST_CHANNELS:
+            raise SqueezeExciteError(
+                f"num_features={shown(num_features)}: expected the number of channels, an integer from 1 to 2**20"
+            )
+        if not isinstance(init, str) or init not in INITS:
+            raise SqueezeExciteError(f"init={shown(init)}: expected one of {', '.join(map(repr, INITS))}")
+        check_flag("bias", bias)
+        _check_place(device, dtype)
         width = latent_width(latent_channels, num_features)
+        hidden, last = _from_table("activation", activation, ACTIVATIONS), _from_table("gate", gate, GATES)
+        self.gate_scale = _identity_scale(last) if init == "identity" else 1.0
         self.num_features = num_features
         self.latent_channels = width
         self.fc1 = nn.Linear(num_features, width, bias=bias, device=device, dtype=dtype)
-        self.activation = _from_table("activation", activation, ACTIVATIONS)
+        self.activation = hidden
         self.fc2 = nn.Linear(width, num_features, bias=bias, device=device, dtype=dtype)
-        self.gate = _from_table("gate", gate, GATES)
-        self.gate_scale = _identity_scale(self.gate) if init == "identity" else 1.0
+        self.gate = last
         if init == "identity":
             nn.init.zeros_(self.fc2.weight)
             if bias:
@@ -136,18 +151,35 @@ def _from_table(
         return table[choice]()
     if isinstance(choice, (str, type)) or not callable(choice):
         raise SqueezeExciteError(
-            f"{argument}={choice!r}: expected one of {', '.join(map(repr, table))}, or a callable on tensors "
+            f"{argument}={shown(choice)}: expected one of {', '.join(map(repr, table))}, or a callable on tensors "
             "(an instance, not a class)"
         )
     return choice
 
 
+def _check_place(device: Any, dtype: Any) -> None:
+    if dtype is not None:
+        check_floating("dtype", dtype, "None, or ")
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, TypeError, ValueError, AssertionError) as error:
+        raise SqueezeExciteError(
+            f"device={shown(device)}: expected None, or a device of this machine such as 'cpu' ({type(error).__name__})"
+        ) from error
+
+
 def _identity_scale(gate: Callable[[Tensor], Any]) -> float:
-    at_zero = float(gate(torch.zeros(1, device="cpu")))
+    try:
+        at_zero = float(gate(torch.zeros(1, device="cpu")))
+    except Exception as error:
+        raise SqueezeExciteError(
+            f"gate={shown(gate)} with init='identity': expected a function of a tensor to one of the same shape, and "
+            f"for a single zero on the CPU it raised {type(error).__name__}; use init='default'"
+        ) from error
     scale = 1.0 / at_zero if at_zero else 0.0
     if scale * at_zero != 1.0 or torch.tensor(scale, device="cpu").frexp().mantissa != 0.5:
         raise SqueezeExciteError(
-            f"gate={gate!r} with init='identity': the gate is {at_zero} at zero, which no power of two scales to exactly 1.0; "
-            "use gate='sigmoid', gate='hardsigmoid', or init='default'"
+            f"gate={shown(gate)} with init='identity': the gate is {at_zero} at zero, which no power of two scales to "
+            "exactly 1.0; use gate='sigmoid', gate='hardsigmoid', or init='default'"
         )
     return scale

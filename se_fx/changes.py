@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from se_fx.cloning import clone
 from se_fx.errors import SqueezeExciteError
-from se_fx.fakes import as_call
+from se_fx.fakes import as_call, calling
 from se_fx.gates import labelled
 from se_fx.progress import progress_bar
 
@@ -81,8 +81,10 @@ def compare(before: nn.Module, after: nn.Module, alone: Mapping[str, nn.Module],
 
 
 def _run(model: nn.Module, inputs: Any) -> Any:
-    args, kwargs = tree_map_only(Tensor, Tensor.clone, as_call(inputs))  # models may change their inputs in place
-    return model(*args, **kwargs)
+    # models may change their inputs in place
+    args, kwargs = call = tree_map_only(Tensor, Tensor.clone, as_call(inputs, "held_out: batch"))
+    with calling("held_out", call):
+        return model(*args, **kwargs)
 
 
 class _Distance:

@@ -14,9 +14,9 @@ from se_fx.capture import Capture
 from se_fx.cost import Cost, measure
 from se_fx.criteria import CRITERIA, Candidate
 from se_fx.dataflow import attention_convs
-from se_fx.errors import SqueezeExciteError
+from se_fx.errors import SqueezeExciteError, blaming, shown
 from se_fx.insertion import CONTAINER
-from se_fx.locating import a_parameter, elsewhere, new_block, policy_of, spots_of
+from se_fx.locating import a_parameter, elsewhere, new_block, places, policy_of, spots_of
 from se_fx.options import Options
 from se_fx.patterns import check_each_matches
 from se_fx.placement import PLACEMENTS, Spot
@@ -58,7 +58,8 @@ def choose(capture: Capture, options: Options) -> Plan:
     }
     excluded: dict[str, str] = {}
     for criterion, value in options.criteria.items():
-        excluded = {**CRITERIA[criterion].excludes(value, candidates), **excluded}
+        with blaming(f"{criterion}={shown(value)} failed"):
+            excluded = {**CRITERIA[criterion].excludes(value, candidates), **excluded}
     sites: list[Site] = []
     skipped: list[Skip] = []
     for name, module in convs.items():
@@ -101,12 +102,37 @@ def _site(name: str, spot: Spot, placement: str, options: Options, names: _Names
 
 
 def _with_parameters(site: Site, callables: Callables) -> Site:
-    """The site with the cost that is known before anything is measured."""
-    if site.block is None:
+    """The site with the cost that is known before anything is measured.
+
+    Raises:
+        SqueezeExciteError: a block with functions of others in it does not return what a feature map can be replaced by.
+    """
+    of_others = [name for name in ("block", "activation", "gate") if (name, getattr(site, name)) in callables]
+    if site.block is None and not of_others:
         return dataclasses.replace(site, cost=parameters_only(site))
     with drawing_from(0):  # what it draws is only counted
-        parameters = new_block(site, callables).parameters()
-    return dataclasses.replace(site, cost=Cost(params=sum(parameter.numel() for parameter in parameters)))
+        block = new_block(site, callables)
+    shape = (1, site.channels, 64, 64)
+    expected = shape if site.block is not None else (1, site.channels, 1, 1)
+    returned = _shape_after(block if site.block is not None else _Excitation(block), shape)
+    if returned is not None and returned != expected:
+        named = ", ".join(f"{name}={getattr(site, name)!r}" for name in of_others or ["block"])
+        raise SqueezeExciteError(
+            f"{named}: expected what returns a tensor of its input's shape; at {site.name!r}, {returned} comes instead of "
+            f"{expected}"
+        )
+    return dataclasses.replace(site, cost=Cost(params=sum(parameter.numel() for parameter in block.parameters())))
+
+
+class _Excitation(nn.Module):
+    """The gates of a block, (N, C, H, W) to (N, C, 1, 1)."""
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.block = block
+
+    def forward(self, x: torch.Tensor) -> Any:
+        return self.block.excitation(x)  # type: ignore[operator]
 
 
 def fit(plan: Plan, capture: Capture) -> Plan:
@@ -120,7 +146,10 @@ def fit(plan: Plan, capture: Capture) -> Plan:
         for name, conv in _convs(capture, there).items()
         if name not in names
     )
-    sites = tuple(_with_parameters(site, plan.callables) for site in plan.sites if site.name not in taken)
+    left = dataclasses.replace(plan, sites=tuple(site for site in plan.sites if site.name not in taken))
+    if any(site.block is not None for site in left.sites):
+        places(capture, left)  # before factories make blocks of as many channels as a plan from elsewhere says
+    sites = tuple(_with_parameters(site, plan.callables) for site in left.sites)
     return _with_model(dataclasses.replace(plan, sites=sites, skipped=tuple(skipped)), capture, there)
 
 
@@ -154,9 +183,17 @@ def _why_not(name: str, module: nn.Conv2d, attention: set[str], taken: set[str],
 
 
 def _returns_a_feature_map(conv: nn.Conv2d) -> bool:
-    """Whether a subclass, as far as can be told from an image of zeros, returns what a Conv2d does."""
+    """Whether a subclass, as far as can be told, returns what a Conv2d does."""
+    shape = _shape_after(conv, (1, conv.in_channels, 64, 64))
+    return shape is None or (len(shape) == 4 and shape[1] == conv.out_channels)
+
+
+def _shape_after(module: nn.Module, shape: tuple[int, ...]) -> tuple[int, ...] | None:
+    """The shape of what `module` returns for a tensor of a shape; empty for what is no tensor, None where a call fails.
+
+    A call may fail for reasons that aren't the module's: it is made on fake tensors.
+    """
     try:
-        shape = measure(conv, torch.empty(1, conv.in_channels, 64, 64, device="meta"), {"": ""}).shapes.get("")
+        return measure(module, torch.empty(shape, device="meta"), {"": ""}).shapes.get("", ())
     except SqueezeExciteError:
-        return True
-    return shape is not None and len(shape) == 4 and shape[1] == conv.out_channels
+        return None

@@ -25,8 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from se_fx.cloning import clone
-from se_fx.errors import SqueezeExciteError
-from se_fx.fakes import Call, as_call, describe_call, faked
+from se_fx.fakes import Call, as_call, calling, faked
 
 __all__ = ["NO_COST", "Cost", "Measurement", "Operator", "measure"]
 
@@ -114,18 +113,12 @@ def measure(model: nn.Module, example_inputs: Any, watched: Mapping[str, str] | 
     """
     call = as_call(example_inputs)
     watched = watched or {}
-    try:
-        with faked(model, call) as (copied, fake_call):
-            return _count(copied, fake_call, watched)
-    except (DataDependentOutputException, DynamicOutputShapeException):
-        return _count(clone(model), call, watched, ran_for_real=True)
-    except SqueezeExciteError:
-        raise
-    except Exception as error:
-        first_line = str(error).strip().split("\n")[0]
-        raise SqueezeExciteError(
-            f"example_inputs: the model could not be called with {describe_call(call)}: {type(error).__name__}: {first_line}"
-        ) from error
+    with calling("example_inputs", call):
+        try:
+            with faked(model, call) as (copied, fake_call):
+                return _count(copied, fake_call, watched)
+        except (DataDependentOutputException, DynamicOutputShapeException):
+            return _count(clone(model), call, watched, ran_for_real=True)
 
 
 # ----------------------------------------------------------------------------------------------------------------- running

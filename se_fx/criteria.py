@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from se_fx.arguments import is_count
-from se_fx.errors import SqueezeExciteError
+from se_fx.errors import SqueezeExciteError, shown
 from se_fx.patterns import check_each_matches, matches
 
 __all__ = ["AUTO", "CRITERIA", "Candidate", "Candidates", "Criterion", "Where", "least_channels"]
@@ -56,7 +56,7 @@ class Criterion:
     def check(self, name: str, value: Any) -> None:
         """Raise `SqueezeExciteError` where `value` isn't what is expected of the option of this name."""
         if not self.accepts(value):
-            raise SqueezeExciteError(f"{name}={value!r}: expected {self.expected}")
+            raise SqueezeExciteError(f"{name}={shown(value)}: expected {self.expected}")
 
 
 # ---------------------------------------------------------------------------------------------------------- min_channels

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+import logging
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, cast
 
 import torch
@@ -12,27 +13,27 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from se_fx.cloning import clone
-from se_fx.errors import SqueezeExciteError
+from se_fx.errors import SqueezeExciteError, blaming
 
-__all__ = ["as_call", "describe_call", "faked"]
+__all__ = ["as_batches", "as_call", "calling", "describe_call", "faked"]
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 
-def as_call(example_inputs: Any) -> Call:
+def as_call(example_inputs: Any, argument: str = "example_inputs") -> Call:
     """Positional and keyword arguments of a call from `example_inputs`: a tensor, a tuple, or a dict of keyword arguments.
 
     Raises:
-        SqueezeExciteError: it is something else.
+        SqueezeExciteError: it is something else; names `argument`.
     """
     if isinstance(example_inputs, Tensor):
         return (example_inputs,), {}
     if isinstance(example_inputs, (tuple, list)):
         return tuple(example_inputs), {}
-    if isinstance(example_inputs, Mapping):
+    if isinstance(example_inputs, Mapping) and all(isinstance(name, str) for name in example_inputs):
         return (), dict(example_inputs)
     raise SqueezeExciteError(
-        f"example_inputs={type(example_inputs).__name__}: expected a tensor, a tuple of positional arguments, "
+        f"{argument}={type(example_inputs).__name__}: expected a tensor, a tuple of positional arguments, "
         "or a dict of keyword arguments"
     )
 
@@ -44,6 +45,22 @@ def describe_call(call: Call) -> str:
     return f"inputs {', '.join(map(str, parts))}" if parts else "no inputs"
 
 
+def as_batches(batches: Any, argument: str) -> Iterable[Any]:
+    """Batches, one after the other.
+
+    Raises:
+        SqueezeExciteError: they can't be iterated, or are a single batch.
+    """
+    if isinstance(batches, (Tensor, str, Mapping)) or not isinstance(batches, Iterable):
+        raise SqueezeExciteError(f"{argument}={type(batches).__name__}: expected batches; for a single one, {argument}=[batch]")
+    return batches
+
+
+def calling(argument: str, call: Call) -> contextlib.AbstractContextManager[None]:
+    """Within, a model is called with what the caller gave for `argument`; the error says so, if that fails."""
+    return blaming(f"{argument}: the model could not be called with {describe_call(call)}")
+
+
 @contextlib.contextmanager
 def faked(model: nn.Module, call: Call) -> Iterator[tuple[nn.Module, Call]]:
     """Within, a copy of `model` and a call, all of whose tensors are fake; meta tensors get the device of the others."""
@@ -52,7 +69,7 @@ def faked(model: nn.Module, call: Call) -> Iterator[tuple[nn.Module, Call]]:
     devices += [parameter.device for parameter in copied.parameters()]
     device = next((d for d in devices if d.type != "meta"), torch.device("cpu"))
     fakes: dict[Tensor, Tensor] = {}
-    with FakeTensorMode(allow_non_fake_inputs=True):
+    with _quiet(), FakeTensorMode(allow_non_fake_inputs=True):
 
         def fake(tensor: Tensor) -> Tensor:
             if tensor not in fakes:
@@ -66,3 +83,14 @@ def faked(model: nn.Module, call: Call) -> Iterator[tuple[nn.Module, Call]]:
                 for tensors in (cast("dict[str, Any]", module._parameters), cast("dict[str, Any]", module._buffers)):
                     tensors.update({name: fake(tensor) for name, tensor in tensors.items() if tensor is not None})
         yield copied, cast("Call", tree_map_only(Tensor, fake, call))
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Within, PyTorch doesn't log the errors that it raises on fake tensors: who calls is told of them."""
+    log = logging.getLogger("torch._subclasses.fake_tensor")
+    disabled, log.disabled = log.disabled, True
+    try:
+        yield
+    finally:
+        log.disabled = disabled

@@ -15,14 +15,15 @@ from typing import Any
 from tabulate import tabulate
 from torch import Tensor, fx, nn
 
-from se_fx.arguments import is_number
+from se_fx.arguments import check_flag, is_number
 from se_fx.blocks import SqueezeExcite2d
 from se_fx.capture import Capture, Region
 from se_fx.changes import Changes, compare
 from se_fx.cloning import clone
 from se_fx.cost import NO_COST, Cost
 from se_fx.dataflow import Modules, called, modules_of
-from se_fx.errors import SqueezeExciteError
+from se_fx.errors import SqueezeExciteError, shown
+from se_fx.fakes import as_batches
 from se_fx.gates import GateProfile, SiteGates
 from se_fx.insertion import CONTAINER, Insertion, blocks_of, copied_graph, insert, withdraw
 from se_fx.plain import check_whole
@@ -168,6 +169,7 @@ def fold_gates(
     _check_tolerance(tolerance)
     gates = _fitting(profile, rewritten, plan)
     batches = None if held_out is None else _listed(held_out)
+    check_flag("progress", progress)
     wiring = Wiring(rewritten)
     folded: list[FoldedSite] = []
     kept: list[KeptSite] = []
@@ -191,7 +193,7 @@ def fold_gates(
 def _check_tolerance(tolerance: Any) -> None:
     if not is_number(tolerance) or not 0 <= tolerance < math.inf:
         raise SqueezeExciteError(
-            f"tolerance={tolerance!r}: expected how far gates may vary, a number >= 0 in units of the gate, such as 0.02"
+            f"tolerance={shown(tolerance)}: expected how far gates may vary, a number >= 0 in units of the gate, such as 0.02"
         )
 
 
@@ -216,9 +218,7 @@ def _fitting(profile: Any, rewritten: nn.Module, plan: Plan) -> dict[str, SiteGa
 
 
 def _listed(held_out: Any) -> list[Any]:
-    if isinstance(held_out, (Tensor, Mapping)):
-        raise SqueezeExciteError(f"held_out={type(held_out).__name__}: expected batches; for a single one, held_out=[batch]")
-    batches = list(held_out)
+    batches = list(as_batches(held_out, "held_out"))
     if not batches:
         raise SqueezeExciteError("held_out: expected at least one batch, and there was none")
     return batches

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,9 +12,10 @@ import torch
 from tabulate import tabulate
 from torch import Tensor, nn
 
+from se_fx.arguments import as_path
 from se_fx.blocks import SqueezeExcite2d
 from se_fx.errors import SqueezeExciteError
-from se_fx.fakes import as_call
+from se_fx.fakes import as_batches, as_call, calling
 from se_fx.insertion import blocks_of
 from se_fx.plan import Plan
 from se_fx.progress import progress_bar
@@ -107,8 +108,9 @@ class GateProfile:
             path: an image file; its ending says of what kind, such as ".png" or ".svg".
 
         Raises:
-            SqueezeExciteError: matplotlib isn't installed, or there is nothing to draw.
+            SqueezeExciteError: `path` is none of a kind of image, matplotlib isn't installed, or there is nothing to draw.
         """
+        file = as_path("path", path)
         sites = [site for site in self.sites if site.samples]
         if not sites:
             raise SqueezeExciteError("plot: no site of this profile was reached by any sample")
@@ -132,7 +134,10 @@ class GateProfile:
         figure.axes[0].legend(fontsize=7, ncols=2)
         figure.supxlabel("channels, in the order of their mean gate", fontsize=9)
         figure.supylabel("mean gate", fontsize=9)
-        figure.savefig(path, dpi=150)
+        kinds = figure.canvas.get_supported_filetypes()
+        if file.suffix[1:].lower() not in kinds:
+            raise SqueezeExciteError(f"path={str(file)!r}: expected an ending that says which image: {', '.join(kinds)}")
+        figure.savefig(file, dpi=150)
 
 
 def profile_gates(rewritten: nn.Module, batches: Iterable[Any], *, progress: bool = True) -> GateProfile:
@@ -145,7 +150,8 @@ def profile_gates(rewritten: nn.Module, batches: Iterable[Any], *, progress: boo
         progress: show a progress bar on stderr, if tqdm is installed.
 
     Raises:
-        SqueezeExciteError: the model isn't a rewritten one or has no block of se_fx's own, or there is no batch.
+        SqueezeExciteError: the model isn't a rewritten one or has no block of se_fx's own, it can't be called with a batch, or
+            there is none.
 
     >>> import se_fx
     >>> net = se_fx.transform(nn.Sequential(nn.Conv2d(3, 8, 3)), min_channels=1, init="identity")
@@ -159,12 +165,13 @@ def profile_gates(rewritten: nn.Module, batches: Iterable[Any], *, progress: boo
     sums = {site.name: _Sums(site.channels) for site in plan.sites if isinstance(own[site.name], SqueezeExcite2d)}
     if not sums:
         raise SqueezeExciteError("rewritten: it has no block of se_fx's own; gates of other blocks can't be told")
-    total, count = len(batches) if hasattr(batches, "__len__") else None, 0  # type: ignore[arg-type]
+    given = as_batches(batches, "batches")
+    total, count = len(given) if isinstance(given, Sized) else None, 0
     with _evaluating(rewritten), progress_bar("gates", "batch", total, progress) as tick:
-        for batch in batches:
+        for batch in given:
             inputs, labels = labelled(batch)
-            args, kwargs = as_call(inputs)
-            with _watched({name: own[name] for name in sums}, sums, labels):
+            args, kwargs = call = as_call(inputs, "batches: batch")
+            with calling("batches", call), _watched({name: own[name] for name in sums}, sums, labels):
                 rewritten(*args, **kwargs)
             count += 1
             tick()

@@ -12,12 +12,12 @@ from torch import fx, nn
 from se_fx.blocks import BLOCKS, SqueezeExcite2d
 from se_fx.capture import Capture, Region
 from se_fx.dataflow import modules_of
-from se_fx.errors import SqueezeExciteError
+from se_fx.errors import SqueezeExciteError, blaming, shown
 from se_fx.insertion import Insertion
 from se_fx.placement import ELSEWHERE, PLACEMENTS, Policy, Spot
 from se_fx.plan import Callables, Plan, Site
 
-__all__ = ["a_parameter", "elsewhere", "locate", "new_block", "policy_of", "spots_of"]
+__all__ = ["a_parameter", "elsewhere", "locate", "new_block", "places", "policy_of", "spots_of"]
 
 
 def locate(
@@ -34,25 +34,37 @@ def locate(
     Raises:
         SqueezeExciteError: a site does not fit the model; names the first that doesn't.
     """
-    convs = dict(capture.model.named_modules())
-    placements = {site.placement for site in plan.sites}
-    found = {placement: spots_of(capture, policy_of(placement, plan.callables)) for placement in placements}
     insertions: dict[str, list[Insertion]] = {}
-    for site in plan.sites:
-        conv = convs.get(site.name)
-        if not isinstance(conv, nn.Conv2d) or site.name not in found[site.placement]:
-            there = f"has this Conv2d, but it {elsewhere(site.placement)}"
-            why = there if isinstance(conv, nn.Conv2d) else "has no such Conv2d"
-            raise SqueezeExciteError(f"plan: site {site.name!r} does not fit: {type(capture.model).__name__} {why}")
-        region, spot, spots = found[site.placement][site.name]
-        if spot.channels != site.channels:
-            raise SqueezeExciteError(
-                f"plan: site {site.name!r} does not fit: the plan has {site.channels} channels there, the model {spot.channels}"
-            )
+    for site, (region, conv, spots) in zip(plan.sites, places(capture, plan), strict=True):
         name = site.name[len(region.path) + 1 :] if region.path else site.name
         block = new_block(site, plan.callables, conv, device, made_on)
         insertions.setdefault(region.path, []).append(Insertion(name, block, spots))
     return insertions
+
+
+def places(capture: Capture, plan: Plan) -> list[tuple[Region, nn.Conv2d, dict[bool, Spot]]]:
+    """Where each site of a plan is in a captured model: the region, the conv, and the spots by `training`.
+
+    Raises:
+        SqueezeExciteError: a site does not fit the model; names the first that doesn't.
+    """
+    convs = dict(capture.model.named_modules())
+    placements = {site.placement for site in plan.sites}
+    spots = {placement: spots_of(capture, policy_of(placement, plan.callables)) for placement in placements}
+    found = []
+    for site in plan.sites:
+        conv = convs.get(site.name)
+        if not isinstance(conv, nn.Conv2d) or site.name not in spots[site.placement]:
+            there = f"has this Conv2d, but it {elsewhere(site.placement)}"
+            why = there if isinstance(conv, nn.Conv2d) else "has no such Conv2d"
+            raise SqueezeExciteError(f"plan: site {shown(site.name)} does not fit: {type(capture.model).__name__} {why}")
+        region, spot, by_training = spots[site.placement][site.name]
+        if spot.channels != site.channels:
+            raise SqueezeExciteError(
+                f"plan: site {site.name!r} does not fit: the plan has {site.channels} channels there, the model {spot.channels}"
+            )
+        found.append((region, conv, by_training))
+    return found
 
 
 def new_block(
@@ -83,7 +95,8 @@ def new_block(
             raise SqueezeExciteError(
                 f"plan: site {site.name!r} has the block {site.block!r}, unknown here; add its factory to se_fx.blocks.BLOCKS"
             )
-        block = factory(site.channels)
+        with blaming(f"block={site.block!r}: expected a factory channels -> nn.Module, and for {site.channels} it failed"):
+            block = factory(site.channels)
         if not isinstance(block, nn.Module):
             raise SqueezeExciteError(
                 f"block={site.block!r}: expected a factory channels -> nn.Module, and it made a {type(block).__name__}"
@@ -140,12 +153,14 @@ def spots_of(capture: Capture, policy: Policy) -> dict[str, tuple[Region, Spot, 
 def _checked(policy: Policy, graph: fx.Graph, module: nn.Module) -> Iterator[Spot]:
     """What a policy, which may be the caller's, yields."""
     modules = modules_of(module)
-    for spot in policy(graph, module):
+    with blaming(f"placement={shown(policy)}: expected a policy (graph, root) -> spots, and it failed"):
+        spots = list(policy(graph, module))
+    for spot in spots:
         is_spot = isinstance(spot, Spot) and isinstance(modules.get(spot.conv), nn.Conv2d) and len(spot.nodes) > 0
         nodes = (*spot.nodes, *(spot.readers or ())) if is_spot else ()
         if not is_spot or any(not isinstance(node, fx.Node) or node.graph is not graph for node in nodes):
             raise SqueezeExciteError(
-                f"placement={policy!r}: expected it to yield Spots, each with the name of a Conv2d and nodes of the graph "
-                f"it was given, and it yielded {spot!r}"
+                f"placement={shown(policy)}: expected it to yield Spots, each with the name of a Conv2d and nodes of the graph "
+                f"it was given, and it yielded {shown(spot)}"
             )
         yield spot

@@ -16,7 +16,7 @@ from se_fx.capture import Capture, capture, collector_paused, is_foreign
 from se_fx.cloning import clone
 from se_fx.cost import measure
 from se_fx.dataflow import called, modules_of
-from se_fx.errors import SqueezeExciteError, hint
+from se_fx.errors import SqueezeExciteError, hint, shown
 from se_fx.fakes import Call, as_call, faked
 from se_fx.insertion import copied_graph, withdraw
 from se_fx.optimization import Optimization, Step, give_optimization, optimization_of
@@ -79,12 +79,12 @@ def optimize_for_inference(model: nn.Module, example_inputs: Any = None, *, rewr
 
 
 def _chosen(rewrites: Iterable[str] | None) -> dict[str, Rewrite]:
-    if isinstance(rewrites, str):
-        raise SqueezeExciteError(f"rewrites={rewrites!r}: expected names in a list, such as [{rewrites!r}]")
+    if isinstance(rewrites, str) or not (rewrites is None or isinstance(rewrites, Iterable)):
+        raise SqueezeExciteError(f"rewrites={shown(rewrites)}: expected names in a list, such as [{next(iter(REWRITES))!r}]")
     names = list(REWRITES) if rewrites is None else list(rewrites)
     for name in names:
-        if name not in REWRITES:
-            raise SqueezeExciteError(f"rewrites: there is no {name!r}; {hint(name, REWRITES, 'some of')}")
+        if not isinstance(name, str) or name not in REWRITES:
+            raise SqueezeExciteError(f"rewrites: there is no {shown(name)}; {hint(name, REWRITES, 'some of')}")
     return {name: rewrite for name, rewrite in REWRITES.items() if name in names}
 
 

@@ -9,9 +9,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from se_fx.blocks import BLOCKS, SqueezeExcite2d
+from se_fx.blocks import BLOCKS, MOST_CHANNELS, SqueezeExcite2d
 from se_fx.criteria import CRITERIA
-from se_fx.errors import SqueezeExciteError, hint
+from se_fx.errors import SqueezeExciteError, hint, shown
 from se_fx.patterns import matches
 from se_fx.placement import PLACEMENTS, Policy
 
@@ -69,9 +69,7 @@ class Options:
         _check_choice("placement", self.placement, PLACEMENTS, "a policy (graph, root) -> spots")
         if self.block is not None:
             _check_choice("block", self.block, BLOCKS, "a factory channels -> nn.Module")
-        if not isinstance(self.bias, bool):
-            raise SqueezeExciteError(f"bias={self.bias!r}: expected True or False")
-        SqueezeExcite2d(1, **self._of_squeeze_excite(), device="meta")  # checks the rest
+        SqueezeExcite2d(MOST_CHANNELS, **self._of_squeeze_excite(), device="meta")  # checks the rest
         changed = [name for name in _OF_SQUEEZE_EXCITE if getattr(self, name) != _DEFAULTS[name]]
         if self.block is not None and changed:
             raise SqueezeExciteError(f"{changed[0]}: is for se_fx's own block, and block={self.block!r} makes another one")
@@ -97,19 +95,20 @@ class Options:
             return
         if not isinstance(self.overrides, Mapping):
             raise SqueezeExciteError(
-                f"overrides={self.overrides!r}: expected a dict from glob patterns of qualified names to dicts of options, "
-                "such as {'layer4.*': {'latent_channels': 128}}"
+                f"overrides={shown(self.overrides)}: expected a dict from glob patterns of qualified names to dicts of "
+                "options, such as {'layer4.*': {'latent_channels': 128}}"
             )
         for pattern, changes in self.overrides.items():
             allowed = (*_OF_SQUEEZE_EXCITE, "block")
             if not isinstance(pattern, str) or not isinstance(changes, Mapping) or set(changes) - set(allowed):
                 raise SqueezeExciteError(
-                    f"overrides[{pattern!r}]={changes!r}: expected, for a glob pattern, a dict of {', '.join(allowed)}"
+                    f"overrides[{shown(pattern)}]={shown(changes)}: expected, for a glob pattern, a dict of "
+                    f"{', '.join(allowed)}"
                 )
             try:
                 self._changed(changes)
             except SqueezeExciteError as error:
-                raise SqueezeExciteError(f"overrides[{pattern!r}]: {error}") from error
+                raise SqueezeExciteError(f"overrides[{shown(pattern)}]: {error}") from error
 
 
 _OF_SQUEEZE_EXCITE = ("latent_channels", "init", "bias", "activation", "gate")
@@ -119,4 +118,4 @@ _DEFAULTS = {field.name: field.default for field in dataclasses.fields(Options) 
 def _check_choice(name: str, value: Any, table: Mapping[str, Any], otherwise: str) -> None:
     if not (callable(value) or (isinstance(value, str) and value in table)):
         names = "".join(f"{choice!r}, " for choice in table)
-        raise SqueezeExciteError(f"{name}={value!r}: expected {f'one of {names}or ' if names else ''}{otherwise}")
+        raise SqueezeExciteError(f"{name}={shown(value)}: expected {f'one of {names}or ' if names else ''}{otherwise}")

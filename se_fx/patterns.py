@@ -5,7 +5,7 @@ from __future__ import annotations
 import fnmatch
 from collections.abc import Collection, Iterable
 
-from se_fx.errors import SqueezeExciteError
+from se_fx.errors import SqueezeExciteError, shown
 
 __all__ = ["check_each_matches", "matches"]
 
@@ -34,4 +34,4 @@ def check_each_matches(patterns: Iterable[str], names: Collection[str], argument
     for pattern in patterns:
         if not isinstance(pattern, str) or not any(matches(name, [pattern]) for name in names):
             first = f"; the first is named {next(iter(names))!r}" if names else ""
-            raise SqueezeExciteError(f"{argument}: {pattern!r} matches no {of}{first}")
+            raise SqueezeExciteError(f"{argument}: {shown(pattern)} matches no {of}{first}")

@@ -36,7 +36,8 @@ def check_plain(model: nn.Module) -> None:
         SqueezeExciteError: `model` is not an `nn.Module`, or is wrapped, sharded, compiled, scripted or not initialised yet.
     """
     if not isinstance(model, nn.Module):
-        raise SqueezeExciteError(f"model={type(model).__name__}: expected an nn.Module")
+        call = "; call it to make one" if callable(model) else ""
+        raise SqueezeExciteError(f"model={type(model).__name__}: expected an nn.Module{call}")
     check_whole(model, "transform the plain model first, then wrap or shard the result")
     for name, module in model.named_modules():
         where = f"model's submodule {name!r}" if name else "model"

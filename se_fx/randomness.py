@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from se_fx.arguments import is_count
-from se_fx.errors import SqueezeExciteError
+from se_fx.errors import SqueezeExciteError, shown
 
 __all__ = ["check_seed", "drawing_from", "kept_on_failure", "random_state", "set_random_state"]
 
@@ -44,7 +44,9 @@ def check_seed(seed: Any) -> None:
         SqueezeExciteError: `seed` is neither None nor an integer from 0 to 2**64 - 1.
     """
     if seed is not None and not (is_count(seed, 0) and seed < 2**64):
-        raise SqueezeExciteError(f"seed={seed!r}: expected an integer from 0 to 2**64 - 1, or None for the global generators")
+        raise SqueezeExciteError(
+            f"seed={shown(seed)}: expected an integer from 0 to 2**64 - 1, or None for the global generators"
+        )
 
 
 @contextlib.contextmanager

@@ -5,11 +5,11 @@ from __future__ import annotations
 import dataclasses
 import os
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from tabulate import tabulate
 
+from se_fx.arguments import as_path
 from se_fx.cost import NO_COST, Cost, Operator
 from se_fx.errors import SqueezeExciteError
 from se_fx.plan import Site, Skip, percent, site_table
@@ -96,10 +96,13 @@ class Report:
         """Write a page that needs nothing else: numbers, the network drawn with its blocks, a sortable table of sites.
 
         Needs matplotlib: ``pip install 'se_fx[html]'``.
+
+        Raises:
+            SqueezeExciteError: `path` is none, or matplotlib isn't installed.
         """
         from se_fx.html import render
 
-        Path(path).write_text(render(self), encoding="utf-8")
+        as_path("path", path).write_text(render(self), encoding="utf-8")
 
     def _repr_html_(self) -> str | None:
         """What notebooks show; None, so that they show the text, without matplotlib."""
@@ -114,8 +117,10 @@ class Report:
         """Latency by a roofline, from two rates of a machine: see `se_fx.measure_machine`.
 
         Raises:
-            SqueezeExciteError: this report was made without example inputs.
+            SqueezeExciteError: `machine` is none, or this report was made without example inputs.
         """
+        if not isinstance(machine, Machine):
+            raise SqueezeExciteError(f"machine={type(machine).__name__}: expected what se_fx.measure_machine() returns")
         if not self.operators:
             raise SqueezeExciteError("estimate: this report has no costs; pass example_inputs to se_fx.report")
         return Estimate(

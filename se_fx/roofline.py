@@ -10,7 +10,9 @@ from dataclasses import dataclass
 
 import torch
 
+from se_fx.arguments import as_device, check_floating
 from se_fx.cost import Operator
+from se_fx.errors import SqueezeExciteError
 
 __all__ = ["Machine", "measure_machine"]
 
@@ -39,6 +41,8 @@ class Machine:
         >>> Machine(100.0, 10.0, "cpu", "float32").seconds([Operator(200, 5, None), Operator(10, 30, None)])
         5.0
         """
+        if not isinstance(operators, Iterable):
+            raise SqueezeExciteError(f"operators={type(operators).__name__}: expected the operators of a report")
         return sum(max(each.flops / self.flops_per_second, each.bytes / self.bytes_per_second) for each in operators)
 
 
@@ -46,12 +50,17 @@ def measure_machine(device: torch.device | str = "cpu", dtype: torch.dtype = tor
     """Measure a machine's peak rates: a 2048 x 2048 matrix product and a 128 MiB copy, the best of some runs of each.
 
     Takes about a second, and 300 MiB of the device's memory.
+
+    Raises:
+        SqueezeExciteError: this machine has no such device, or `dtype` is no floating-point dtype.
     """
     from torch.utils.benchmark import Timer  # takes time to import
 
+    where = as_device(device)
+    check_floating("dtype", dtype)
     size, count = 2048, 2**27
-    matrix = torch.randn(size, size, device=device).to(dtype)
-    source = torch.zeros(count, dtype=torch.uint8, device=device)
+    matrix = torch.randn(size, size, device=where).to(dtype)
+    source = torch.zeros(count, dtype=torch.uint8, device=where)
     target = torch.ones_like(source)
     threads = torch.get_num_threads()
 
@@ -62,4 +71,4 @@ def measure_machine(device: torch.device | str = "cpu", dtype: torch.dtype = tor
 
     product = best("matrix @ matrix", {"matrix": matrix})
     copy = best("target.copy_(source)", {"target": target, "source": source})
-    return Machine(2 * size**3 / product, 2 * count / copy, str(torch.device(device)), str(dtype).removeprefix("torch."))
+    return Machine(2 * size**3 / product, 2 * count / copy, str(where), str(dtype).removeprefix("torch."))
