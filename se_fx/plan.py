@@ -13,9 +13,9 @@ from tabulate import tabulate
 from torch import nn
 
 from se_fx.arguments import is_number
-from se_fx.blocks import ACTIVATIONS, BLOCKS, GATES, INITS
+from se_fx.blocks import ACTIVATIONS, BLOCKS, GATES, INITS, MOST_CHANNELS, latent_width
 from se_fx.cost import NO_COST, Cost
-from se_fx.errors import SqueezeExciteError
+from se_fx.errors import SqueezeExciteError, shown
 from se_fx.patterns import check_each_matches, matches
 from se_fx.placement import PLACEMENTS
 
@@ -70,6 +70,19 @@ class Site:
     spatial: tuple[int, int] | None = None
     cost: Cost = NO_COST
 
+    def __post_init__(self) -> None:
+        for name, kinds in _SITE_TYPES.items():
+            value = getattr(self, name)
+            if type(value) not in kinds or (type(value) is int and not 1 <= value <= MOST_CHANNELS):
+                bounds = " from 1 to 2**20" if int in kinds else ""
+                raise SqueezeExciteError(f"{name}={shown(value)}: expected {kinds[0].__name__}{bounds}")
+        if (self.latent_channels is None) != (self.block is not None):
+            raise SqueezeExciteError(
+                f"latent_channels={self.latent_channels}, block={shown(self.block)}: expected a width, or a block of others"
+            )
+        if self.latent_channels is not None:
+            latent_width(self.latent_channels, self.channels)
+
 
 @dataclass(frozen=True)
 class Skip:
@@ -101,6 +114,13 @@ class Plan:
     base: Cost = field(default=NO_COST, compare=False)
     measured: bool = field(default=False, compare=False)
     callables: Callables = field(default_factory=dict, compare=False, repr=False)
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.sites, tuple) or not all(isinstance(site, Site) for site in self.sites):
+            raise SqueezeExciteError(f"sites={shown(self.sites)}: expected a tuple of Sites")
+        twice = next((name for name, count in Counter(site.name for site in self.sites).items() if count > 1), None)
+        if twice is not None:
+            raise SqueezeExciteError(f"sites: expected each site once, and got {shown(twice)} twice")
 
     def __len__(self) -> int:
         return len(self.sites)
@@ -169,7 +189,8 @@ class Plan:
     def _limit(self, name: str, value: Any) -> float:
         if not is_number(value) or not 0 <= value < math.inf or (value > 1 and value != int(value)):
             raise SqueezeExciteError(
-                f"{name}={value!r}: expected a number of {name}, an integer >= 0, or a fraction in (0, 1) of the model's own"
+                f"{name}={shown(value)}: expected a number of {name}, an integer >= 0, or a fraction in (0, 1) of the "
+                "model's own"
             )
         if name != "params" and not self.measured:
             raise SqueezeExciteError(
@@ -245,19 +266,17 @@ class Plan:
             SqueezeExciteError: `data` is no such thing, from a later version, or has unknown names.
         """
         version = data.get("version") if isinstance(data, Mapping) else None
-        if version != _VERSION:
+        if type(version) is not int or version != _VERSION:
             raise SqueezeExciteError(
-                f"plan: expected what Plan.to_dict() returns, of version {_VERSION}, and got version {version!r}; "
+                f"plan: expected what Plan.to_dict() returns, of version {_VERSION}, and got version {shown(version)}; "
                 "upgrade se_fx if a later one has saved it"
             )
         sites = data.get("sites")
         if not isinstance(sites, list) or not all(isinstance(site, Mapping) for site in sites):
             raise SqueezeExciteError("plan['sites']: expected a list of sites, each a mapping")
-        read = tuple(_site_from_dict(f"plan['sites'][{i}]", site) for i, site in enumerate(sites))
-        twice = next((name for name, count in Counter(site.name for site in read).items() if count > 1), None)
-        if twice is not None:
-            raise SqueezeExciteError(f"plan['sites']: expected each site once, and got {twice!r} twice")
-        return cls(read)
+        if set(data) != {"version", "sites"}:
+            raise SqueezeExciteError(f"plan: expected the keys version and sites alone; got {shown(list(data))}")
+        return cls(tuple(_site_from_dict(f"plan['sites'][{i}]", site) for i, site in enumerate(sites)))
 
 
 _Nothing = type(None)
@@ -283,23 +302,18 @@ _TABLES: dict[str, tuple[str, Iterable[str]]] = {
 
 def _site_from_dict(where: str, data: Mapping[str, Any]) -> Site:
     if set(data) != set(_SITE_TYPES):
-        raise SqueezeExciteError(
-            f"{where}: expected exactly the keys {', '.join(_SITE_TYPES)}; got {', '.join(map(str, data))}"
-        )
-    for name, kinds in _SITE_TYPES.items():
+        raise SqueezeExciteError(f"{where}: expected exactly the keys {', '.join(_SITE_TYPES)}; got {shown(list(data))}")
+    try:
+        site = Site(**data)
+    except SqueezeExciteError as error:
+        raise SqueezeExciteError(f"{where}: {error}") from error
+    for name, (table, known) in _TABLES.items():
         value = data[name]
-        if type(value) not in kinds or (type(value) is int and not 1 <= value <= 2**20):
-            bounds = " from 1 to 2**20" if int in kinds else ""
-            raise SqueezeExciteError(f"{where}[{name!r}]={value!r}: expected {kinds[0].__name__}{bounds}")
-        table, known = _TABLES.get(name, ("", ()))
-        if table and value is not None and value not in known:
+        if value is not None and value not in known:
             expected = f"one of {', '.join(map(repr, known))}; " if known else ""
             raise SqueezeExciteError(
-                f"{where}[{name!r}]={value!r}: expected {expected}own ones must be added to se_fx.{table} first"
+                f"{where}: {name}={shown(value)}: expected {expected}own ones must be added to se_fx.{table} first"
             )
-    if (data["latent_channels"] is None) != (data["block"] is not None):
-        raise SqueezeExciteError(f"{where}: expected either latent_channels, or a block of others")
-    site = Site(**data)
     return dataclasses.replace(site, cost=parameters_only(site))
 
 
