@@ -13,7 +13,9 @@ from torch import nn
 
 import se_fx
 from se_fx import Plan, Report, SqueezeExciteError
+from se_fx.arguments import as_device
 from se_fx.criteria import CRITERIA
+from se_fx.errors import blaming
 from se_fx.loading import load_model
 
 __all__ = ["main"]
@@ -66,7 +68,7 @@ def _report(arguments: argparse.Namespace) -> Outcome:
         estimate = report.estimate(se_fx.measure_machine())
         result["roofline"] = {"base_seconds": estimate.base, "added_seconds": estimate.added}
         text += f"\n\n{estimate}"
-    if arguments.html:
+    if arguments.html is not None:
         report.to_html(arguments.html)
         text += f"\n\nWritten to {arguments.html}."
     return Plan(report.sites), result, text
@@ -79,15 +81,10 @@ def _suggest(arguments: argparse.Namespace) -> Outcome:
 
 def _transform(arguments: argparse.Namespace) -> Outcome:
     model = load_model(arguments.model, meta=False)
-    if arguments.checkpoint:
-        saved = torch.load(arguments.checkpoint, map_location="cpu", weights_only=True)
-        try:
+    if arguments.checkpoint is not None:
+        saved = _tensors(arguments.checkpoint)
+        with blaming(f"--checkpoint {arguments.checkpoint}: does not fit {arguments.model}"):
             model.load_state_dict(saved.get("state_dict", saved))
-        except (RuntimeError, AttributeError) as error:
-            reason = str(error).strip().split("\n")[0]
-            raise SqueezeExciteError(
-                f"--checkpoint {arguments.checkpoint}: does not fit {arguments.model}: {reason}"
-            ) from error
     rewritten = se_fx.transform(model, _chosen(model, arguments), seed=arguments.seed)
     chosen = Plan.of(rewritten)
     with open(arguments.save, "wb") as file:
@@ -101,10 +98,25 @@ def _transform(arguments: argparse.Namespace) -> Outcome:
     return chosen, {"saved": str(arguments.save), **chosen.to_dict()}, text
 
 
+def _tensors(path: str) -> Any:
+    """What a checkpoint holds; no code of it is run."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except OSError:
+        raise
+    except Exception as error:
+        raise SqueezeExciteError(
+            f"--checkpoint {path}: expected a state_dict that torch.save has written: pickled models, which are code, are "
+            f"never loaded ({type(error).__name__})"
+        ) from error
+
+
 def _bench(arguments: argparse.Namespace) -> Outcome:
-    model = load_model(arguments.model, meta=False).to(arguments.device)
+    device = as_device(arguments.device)
+    model = load_model(arguments.model, meta=False).to(device)
     rewritten = se_fx.transform(model, _chosen(model, arguments))
-    inputs = torch.zeros(arguments.input or (1, 3, 224, 224), device=arguments.device)
+    with blaming("--input"):
+        inputs = torch.zeros(arguments.input or (1, 3, 224, 224), device=device)
     result = se_fx.bench(
         rewritten,
         inputs,
@@ -215,9 +227,10 @@ def _add_outputs(commands: dict[str, argparse.ArgumentParser]) -> None:
 def _shape(text: str) -> tuple[int, ...]:
     try:
         shape = tuple(int(part) for part in text.split(","))
-    except ValueError:
+        torch.empty(shape, device="meta")  # as large as tensors can be
+    except (ValueError, RuntimeError, TypeError):
         shape = ()
-    if not shape or min(shape) < 0:
+    if not shape:
         raise argparse.ArgumentTypeError(f"{text!r}: expected a shape such as 1,3,224,224")
     return shape
 

@@ -11,13 +11,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from se_fx.errors import SqueezeExciteError
+from se_fx.errors import SqueezeExciteError, blaming
 
 __all__ = ["load_model"]
 
 
 def load_model(spec: str, *, meta: bool = True) -> nn.Module:
     """The model that `spec` names: a torchvision name, timm:NAME, or package.module:callable.
+
+    A module is imported and its callable called: that runs their code. The current folder is looked in first.
 
     Args:
         spec: the name.
@@ -73,18 +75,15 @@ def _on_meta(build: Callable[[], nn.Module]) -> nn.Module:
 def _from_module(source: str, name: str, spec: str) -> nn.Module:
     sys.path.insert(0, "")
     try:
-        module = importlib.import_module(source)
-    except ImportError as error:
-        raise SqueezeExciteError(f"MODEL {spec!r}: can't import {source!r}: {error}") from error
+        with blaming(f"MODEL {spec!r}: can't import {source!r}"):
+            module = importlib.import_module(source)
     finally:
         sys.path.remove("")
     factory = getattr(module, name, None)
     if factory is None:
         raise SqueezeExciteError(f"MODEL {spec!r}: {source} has no {name!r}")
-    try:
+    with blaming(f"MODEL {spec!r}: calling it failed"):
         model = factory if isinstance(factory, nn.Module) else factory()
-    except Exception as error:
-        raise SqueezeExciteError(f"MODEL {spec!r}: calling it failed: {type(error).__name__}: {error}") from error
     if not isinstance(model, nn.Module):
         raise SqueezeExciteError(f"MODEL {spec!r}: expected it to return an nn.Module, and got {type(model).__name__}")
     return model

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import se_fx
-from se_fx.cli import main
+from se_fx.cli import _parser, main
 
 
 def build() -> nn.Module:
@@ -21,6 +21,10 @@ def build() -> nn.Module:
 
 def fails() -> nn.Module:
     raise RuntimeError("no such weights")
+
+
+def needs(argument: int) -> nn.Module:
+    return build()
 
 
 not_a_model = 3
@@ -108,61 +112,177 @@ def test_bench(capsys: pytest.CaptureFixture[str]) -> None:
     }
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["report", "resnet51"], "MODEL 'resnet51': there is no such model; did you mean resnet"),
-        (["report", "xyzzy"], "MODEL 'xyzzy': there is no such model; expected a torchvision model, timm:NAME"),
-        (["report", "timm:resnet51z"], "MODEL 'resnet51z': there is no such model; did you mean resnet51"),
-        (["report", "no_such_package:build"], "MODEL 'no_such_package:build': can't import 'no_such_package'"),
-        (["report", f"{__name__}:nothing"], "has no 'nothing'"),
-        (["report", f"{__name__}:fails"], "calling it failed: RuntimeError: no such weights"),
-        (["report", f"{__name__}:not_a_model"], "calling it failed: TypeError"),
-        (["report", "resnet18", "--min-channels", "0"], "min_channels=0: expected"),
-        (["report", "resnet18", "--min-channels", "many"], "min_channels='many': expected"),
-        (["report", "resnet18", "--latent-channels", "1.5"], "latent_channels=1.5: expected"),
-        (["report", "resnet18", "--placement", "nowhere"], "placement='nowhere': expected one of 'conv'"),
-        (["plan", "resnet18", "--budget", "flops=1%"], "flops: this plan has no costs yet"),
-        (["plan", "vgg11", "--placement", "residual"], "placement='residual': the graphs of VGG have no such place"),
-        (["report", "resnet18", "--gate", "tanh"], "gate='tanh': expected one of"),
+# --------------------------------------------------------------------------------------------------------------- bad input
+SPEC = f"{__name__}:build"
+COMMANDS = ("report", "plan", "suggest", "transform", "bench")
+WITH_OPTIONS = ("report", "plan", "transform", "bench")
+REQUIRED = {"transform": ("--save", "se.pt")}
+
+#: Command, option (or argument), the words after it, what the message says.
+ROWS: list[tuple[str, str, tuple[str, ...], str]] = [
+    *(
+        (command, "MODEL", (), "the following arguments are required: MODEL")
+        for command in ("report", "plan", "suggest", "bench")
+    ),
+    *(
+        ("report", "MODEL", (spec,), f"MODEL {spec.removeprefix('timm:')!r}: {message}")
+        for spec, message in (
+            ("resnet51", "there is no such model; did you mean resnet"),
+            ("xyzzy", "there is no such model; expected a torchvision model, timm:NAME or package.module:callable"),
+            ("", "there is no such model; expected"),
+            ("a\nb", "there is no such model"),
+            ("timm:resnet51z", "there is no such model; did you mean resnet51"),
+            ("no_such_package:build", "can't import 'no_such_package': ModuleNotFoundError"),
+            ("..:build", "can't import '..': TypeError"),
+            ("broken:build", "can't import 'broken': SyntaxError"),
+            (f"{__name__}:nothing", f"{__name__} has no 'nothing'"),
+            (f"{__name__}:", f"{__name__} has no ''"),
+            (f"{__name__}:fails", "calling it failed: RuntimeError: no such weights"),
+            (f"{__name__}:not_a_model", "calling it failed: TypeError"),
+            (f"{__name__}:needs", "calling it failed: TypeError"),
+            ("builtins:dict", "expected it to return an nn.Module, and got dict"),
+        )
+    ),
+    *((command, "MODEL", ("torch.nn:Identity",), "model: Identity has no nn.Conv2d") for command in COMMANDS),
+    ("plan", "MODEL", ("vgg11", "--placement", "residual"), "placement='residual': the graphs of VGG have no such place"),
+    *(
+        (command, "--input", (SPEC, "--input", shape), f"{shape!r}: expected a shape such as 1,3,224,224")
+        for command in COMMANDS
+        for shape in ("", "1,x", "1,-3", "1,3,999999999,99999999999", f"1,{10**30}")
+    ),
+    *(
         (
-            ["report", "resnet18", "--input", "1,4,64,64"],
-            "example_inputs: the model could not be called with inputs (1, 4, 64, 64)",
-        ),
-    ],
-)
+            command,
+            "--input",
+            (SPEC, "--input", "1,4,8,8"),
+            "example_inputs: the model could not be called with inputs (1, 4, 8, 8)",
+        )
+        for command in ("report", "plan", "suggest")
+    ),
+    ("bench", "--input", (SPEC, "--input", "1,4,8,8"), "models['original']: inference (eager) failed with inputs (1, 4, 8, 8)"),
+    ("bench", "--input", (SPEC, "--input", "1,3,99999999,9999999"), "--input: RuntimeError"),
+    *((command, "--json", (SPEC, "--json=3"), "argument --json: ignored explicit argument '3'") for command in COMMANDS),
+    *(
+        (command, option, (SPEC, option, value) if value else (SPEC, option), message)
+        for command in WITH_OPTIONS
+        for option, value, message in (
+            ("--min-channels", "0", "min_channels=0: expected the least number"),
+            ("--min-channels", "many", "min_channels='many': expected the least number"),
+            ("--latent-channels", "1.5", "latent_channels=1.5: expected a hidden width"),
+            ("--latent-channels", "nan", "latent_channels=nan: expected a hidden width"),
+            ("--latent-channels", "9" * 30, "expected a hidden width of at most"),
+            ("--latent-channels", "1/0", "'1/0': expected a width such as 64 or a fraction"),
+            ("--latent-channels", "1/2/3", "'1/2/3': expected a width such as 64 or a fraction"),
+            ("--placement", "nowhere", "placement='nowhere': expected one of 'conv'"),
+            ("--where", "layr*", "where=['layr*']: 'layr*' matches no Conv2d; the first is named '0'"),
+            ("--init", "ones", "init='ones': expected one of 'default', 'identity'"),
+            ("--bias=yes", "", "argument --bias: ignored explicit argument 'yes'"),
+            ("--activation", "swish", "activation='swish': expected one of 'relu'"),
+            ("--gate", "tanh", "gate='tanh': expected one of 'sigmoid'"),
+            ("--budget", "flops", "'flops': expected flops=, params= or bytes="),
+            ("--budget", "time=1%", "'time=1%': expected flops="),
+            ("--budget", "flops=100%", "'flops=100%': expected flops="),
+            ("--budget", "flops=-1", "'flops=-1': expected flops="),
+            ("--budget", "params=nan", "'params=nan': expected flops="),
+            ("--budget", "params=inf", "params=inf: expected a number of params"),
+            ("--budget", "flops=1%", "flops: this plan has no costs yet"),
+            ("--nonsense", "", "unrecognized arguments: --nonsense"),
+        )
+    ),
+    ("report", "--html", (SPEC, "--html", ""), "path='': expected the path of a file"),
+    ("report", "--html", (SPEC, "--html", "no/such/folder.html"), "No such file or directory: 'no/such/folder.html'"),
+    ("report", "--roofline", (SPEC, "--roofline"), "--roofline: costs are needed; give the shape of an input"),
+    ("transform", "--save", (SPEC,), "the following arguments are required: --save"),
+    ("transform", "--save", (SPEC, "--save", ""), "No such file or directory: ''"),
+    ("transform", "--save", (SPEC, "--save", "no/such/folder.pt"), "No such file or directory: 'no/such/folder.pt'"),
+    *(
+        ("transform", "--seed", (SPEC, "--seed", seed), message)
+        for seed, message in (("x", "argument --seed: invalid int value: 'x'"), ("-1", "seed=-1: expected an integer from 0"))
+    ),
+    *(
+        ("transform", "--checkpoint", (SPEC, "--checkpoint", file), message)
+        for file, message in (
+            ("", "No such file or directory: ''"),
+            ("nothing.pt", "No such file or directory: 'nothing.pt'"),
+            ("broken.py", "--checkpoint broken.py: expected a state_dict that torch.save has written"),
+            ("empty.pt", "--checkpoint empty.pt: expected a state_dict that torch.save has written"),
+            (
+                "whole.pt",
+                "--checkpoint whole.pt: expected a state_dict that torch.save has written: pickled models",
+            ),
+            ("number.pt", f"--checkpoint number.pt: does not fit {SPEC}: AttributeError"),
+            ("list.pt", f"--checkpoint list.pt: does not fit {SPEC}: TypeError"),
+            (
+                "other.pt",
+                f"--checkpoint other.pt: does not fit {SPEC}: RuntimeError: Error(s) in loading",
+            ),
+        )
+    ),
+    *(
+        ("bench", option, (SPEC, "--input", "1,3,8,8", option, *value), message)
+        for option, value, message in (
+            ("--batch-sizes", ["0"], "batch_sizes=[0]: expected integers >= 1"),
+            ("--batch-sizes", ["x"], "argument --batch-sizes: invalid int value: 'x'"),
+            ("--rounds", ["0"], "rounds=0: expected an integer >= 1"),
+            ("--rounds", ["x"], "argument --rounds: invalid int value: 'x'"),
+            ("--device", ["gpu"], "device='gpu': expected such as 'cpu' or 'cuda:0'"),
+            ("--device", [""], "device='': expected such as 'cpu' or 'cuda:0'"),
+            ("--device", ["cuda:99"], "device='cuda:99': expected 'cpu', or a CUDA device that this"),
+            ("--device", ["meta"], "device='meta': expected 'cpu', or a CUDA device that this machine has"),
+            *(
+                (f"{flag}=1", "", f"argument {flag}: ignored")
+                for flag in ("--compiled", "--training", "--channels-last", "--bf16")
+            ),
+        )
+    ),
+]
+
+
+def run(arguments: list[str]) -> int | str | None:
+    """The exit status, however the command exits."""
+    try:
+        return main(arguments)
+    except SystemExit as exit_:
+        return exit_.code
+
+
+@pytest.mark.parametrize("command", COMMANDS)
 def test_bad_input_is_one_clear_line_and_status_2(
-    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+    command: str, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert main(arguments) == 2
-    captured = capsys.readouterr()
-    assert captured.out == ""
-    assert captured.err.count("\n") == 1
-    assert captured.err.startswith("se-fx: error: ")
-    assert message in captured.err
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "broken.py").write_text("def build(:\n")
+    (tmp_path / "empty.pt").touch()
+    contents = {"whole": build(), "number": 3, "list": {"state_dict": [1]}, "other": nn.Conv2d(3, 8, 1).state_dict()}
+    for name, content in contents.items():
+        torch.save(content, tmp_path / f"{name}.pt")
+    before = sorted(tmp_path.iterdir())
+    faults = []
+    for _, option, words, message in (row for row in ROWS if row[0] == command):
+        arguments = [command, *words, *(() if option == "--save" else REQUIRED.get(command, ()))]
+        status = run(arguments)
+        out, error = capsys.readouterr()
+        *usage, last = error.replace("\r", "\n").strip("\n").split("\n")
+        if status != 2 or out or message not in last or not last.startswith("se-fx"):
+            faults.append(f"{arguments}: {status}: {error}")
+        elif any(usage) and not usage[0].startswith(("usage: se-fx", "bench: ")):
+            faults.append(f"{arguments}: more than one line: {error}")
+    assert not faults, "\n".join(faults)
+    assert [path for path in sorted(tmp_path.iterdir()) if path.name != "__pycache__"] == before
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ([], "the following arguments are required: COMMAND"),
-        (["report"], "the following arguments are required: MODEL"),
-        (["report", "resnet18", "--input", "1,x"], "'1,x': expected a shape such as 1,3,224,224"),
-        (["report", "resnet18", "--input", "1,-3"], "'1,-3': expected a shape"),
-        (["report", "resnet18", "--latent-channels", "1/0"], "'1/0': expected a width such as 64 or a fraction"),
-        (["plan", "resnet18", "--budget", "flops"], "'flops': expected flops=, params= or bytes="),
-        (["plan", "resnet18", "--budget", "time=1%"], "'time=1%': expected flops="),
-        (["plan", "resnet18", "--budget", "flops=100%"], "'flops=100%': expected"),
-        (["plan", "resnet18", "--budget", "flops=-1"], "'flops=-1': expected"),
-        (["transform", "resnet18"], "required: --save"),
-        (["report", "resnet18", "--nonsense"], "unrecognized arguments: --nonsense"),
-    ],
-)
-def test_bad_usage_is_status_2(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as caught:
-        main(arguments)
-    assert caught.value.code == 2
-    assert message in capsys.readouterr().err
+def test_no_option_is_without_bad_input() -> None:
+    (commands,) = (action for action in _parser()._actions if action.dest == "command")
+    options = {
+        (name, (action.option_strings or [action.metavar])[-1])
+        for name, parser in commands.choices.items()
+        for action in parser._actions
+        if action.dest != "help"
+    }
+    assert options <= {(command, option.split("=")[0]) for command, option, _, _ in ROWS}
+    assert run([]) == 2
+    assert run(["--nope"]) == 2
+    assert run(["nope"]) == 2
 
 
 def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:
