@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
 import se_fx
-from se_fx import SqueezeExciteError
 
 
 class Net(nn.Module):
@@ -188,24 +187,3 @@ def test_blocks_of_a_frozen_conv_join_the_first_group(cnn: nn.Sequential) -> Non
     se_fx.apply_squeeze_excite(cnn, min_channels=1, optimizers=optimizer)
     assert len(optimizer.param_groups[0]["params"]) == 1 + 2 + 2
     assert all(p.requires_grad for n, p in cnn.named_parameters() if "squeeze_excite" in n)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"latent_channels": 0}, "latent_channels=0"),
-        ({"min_channels": 0}, "min_channels=0"),
-        ({"optimizers": "sgd"}, "optimizers: expected a torch.optim.Optimizer, or several, and got str"),
-        ({"optimizers": 3}, "optimizers: expected a torch.optim.Optimizer, or several, and got int"),
-        ({"optimizers": [torch.optim.SGD([torch.zeros(1)], 1), None]}, "optimizers: expected"),
-    ],
-)
-def test_bad_arguments_change_nothing(cnn: nn.Sequential, arguments: dict, message: str) -> None:
-    optimizer = torch.optim.SGD(cnn.parameters(), lr=1)
-    keys, groups = list(cnn.state_dict()), [len(g["params"]) for g in optimizer.param_groups]
-    with pytest.raises(SqueezeExciteError) as caught:
-        se_fx.apply_squeeze_excite(cnn, **{"min_channels": 1, "optimizers": optimizer, **arguments})
-    assert str(caught.value).startswith(message)
-    assert list(cnn.state_dict()) == keys
-    assert [len(g["params"]) for g in optimizer.param_groups] == groups
-    assert not any(module._forward_hooks for module in cnn.modules())

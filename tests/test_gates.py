@@ -11,7 +11,6 @@ import torchvision
 from torch import Tensor, nn
 
 import se_fx
-from se_fx import SqueezeExciteError
 
 
 def rewritten(cnn: nn.Module, **options) -> nn.Module:
@@ -108,24 +107,3 @@ def test_json_and_plot(cnn: nn.Module, tmp_path: Path) -> None:
     profile.plot(tmp_path / "gates.svg")
     drawn = (tmp_path / "gates.svg").read_text("utf-8")
     assert drawn.count("<svg") == 1
-
-
-@pytest.mark.parametrize(
-    ("batches", "message"),
-    [
-        ([], "batches: expected at least one"),
-        ([3], "example_inputs=int"),
-        ([(torch.randn(2, 3, 8, 8), torch.tensor([1, 2, 3]))], "batches: 3 labels came with gates of 2 samples"),
-    ],
-)
-def test_bad_batches(cnn: nn.Module, batches: list, message: str) -> None:
-    with pytest.raises(SqueezeExciteError, match=message):
-        se_fx.profile_gates(rewritten(cnn), batches, progress=False)
-
-
-def test_models_without_gates_of_ours(cnn: nn.Module) -> None:
-    with pytest.raises(SqueezeExciteError, match="expected a model that se_fx has rewritten"):
-        se_fx.profile_gates(cnn, [torch.randn(2, 3, 8, 8)])
-    foreign = se_fx.transform(cnn, min_channels=1, block=lambda channels: nn.Identity())
-    with pytest.raises(SqueezeExciteError, match="no block of se_fx's own"):
-        se_fx.profile_gates(foreign, [torch.randn(2, 3, 8, 8)])

@@ -255,25 +255,6 @@ def test_what_was_done_is_reported() -> None:
     assert "bytes saved" not in str(se_fx.report(se_fx.optimize_for_inference(model)))
 
 
-@pytest.mark.parametrize(
-    ("change", "options", "message"),
-    [
-        (lambda model: model.train(), {}, r"training mode: call model\.eval\(\)"),
-        (lambda model: "resnet", {}, "model=str: expected an nn.Module"),
-        (lambda model: torch.compile(model), {}, "compiled already"),
-        (lambda model: model, {"rewrites": ["hoist_squeeze"]}, "did you mean 'hoist_squeezes'"),
-        (lambda model: model, {"rewrites": "fold_norms"}, "expected names in a list"),
-        (lambda model: model, {"rewrites": [3]}, "expected some of 'constant_gates'"),
-        (lambda model: model, {"example_inputs": 3}, "example_inputs=int: expected a tensor"),
-        (lambda model: model, {"example_inputs": torch.zeros(1, 4, 8, 8)}, "could not be called with inputs"),
-    ],
-)
-def test_bad_arguments(change, options: dict, message: str) -> None:
-    model = change(small())
-    with pytest.raises(SqueezeExciteError, match=message):
-        se_fx.optimize_for_inference(model, **options)
-
-
 # -------------------------------------------------------------------------------------------------- compiled and exported
 def tiny() -> nn.Module:
     """One bottleneck with a block, so that compilers are done soon."""

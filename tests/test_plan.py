@@ -86,23 +86,6 @@ def test_fractions_are_of_the_models_own_cost() -> None:
     assert se_fx.plan(model).within(params=0.5).sites  # no inputs needed
 
 
-@pytest.mark.parametrize(
-    ("budget", "message"),
-    [
-        ({}, "expected a budget"),
-        ({"flops": -1}, "flops=-1"),
-        ({"params": 1.5}, "params=1.5"),
-        ({"params": True}, "params=True"),
-        ({"bytes": "1%"}, "bytes='1%'"),
-        ({"flops": 0.1}, "flops: this plan has no costs yet.*example_inputs"),
-        ({"params": float("nan")}, "params=nan"),
-    ],
-)
-def test_bad_budgets(cnn: nn.Module, budget: dict, message: str) -> None:
-    with pytest.raises(SqueezeExciteError, match=message):
-        se_fx.plan(cnn, min_channels=1).within(**budget)
-
-
 def test_a_plan_that_was_read_back_does_not_know_its_models_cost(cnn: nn.Module) -> None:
     plan = Plan.from_dict(se_fx.plan(cnn, min_channels=1).to_dict())
     with pytest.raises(SqueezeExciteError, match="pass a number of params"):
@@ -217,32 +200,6 @@ def test_overrides() -> None:
     assert kinds["layer3.0.conv2"] == (64, True, "sigmoid", None)
     assert kinds["layer4.0.conv2"] == (128, True, "hardsigmoid", None)
     assert kinds["layer4.1.conv2"] == (None, False, "sigmoid", "test_plan.Attention")
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"overrides": ["layer4"]}, "overrides=.*expected a dict"),
-        ({"overrides": {"1": {"min_channels": 3}}}, r"overrides\['1'\]"),
-        ({"overrides": {"1": {"gate": "nope"}}}, r"overrides\['1'\]: gate='nope'"),
-        ({"overrides": {"9": {"bias": True}}}, "'9' matches no Conv2d"),
-        ({"overrides": {"1": {"bias": True}}, "block": Attention}, r"overrides\['1'\]: bias: is for se_fx's own block"),
-        ({"block": Attention, "init": "identity"}, "init: is for se_fx's own block"),
-        ({"block": 3}, "block=3.*factory"),
-        ({"block": "cbam"}, "block='cbam'.*factory"),
-        ({"block": lambda channels: None}, "block=.*made a NoneType"),
-        ({"placement": "after"}, "placement='after'.*'residual'"),
-        ({"placement": 3}, "placement=3"),
-        ({"gate": 3}, "gate=3"),
-        ({"activation": nn.ReLU}, "activation=.*an instance"),
-    ],
-)
-def test_bad_options(options: dict, message: str) -> None:
-    model = nn.Sequential(nn.Conv2d(3, 16, 1), nn.Conv2d(16, 16, 1))
-    state = torch.get_rng_state()
-    with pytest.raises(SqueezeExciteError, match=message):
-        se_fx.plan(model, min_channels=1, **options)
-    assert torch.equal(torch.get_rng_state(), state)
 
 
 # --------------------------------------------------------------------------------------------------------- save and load

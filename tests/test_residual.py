@@ -319,18 +319,3 @@ def test_a_policy_of_ones_own() -> None:
     assert {skip.reason for skip in plan.skipped} == {"is not chosen by test_residual.deep_1x1"}
     gm = se_fx.transform(model, plan)
     assert next(key for key in gm.state_dict() if "squeeze_excite" in key).startswith("squeeze_excite.down.")
-
-
-@pytest.mark.parametrize(
-    "policy",
-    [
-        lambda graph, root: ["conv"],
-        lambda graph, root: [Spot("nowhere", 8, tuple(graph.nodes)[1:2])],
-        lambda graph, root: [Spot("norm", 8, tuple(graph.nodes)[1:2])],
-        lambda graph, root: [Spot("a", 8, ())],
-        lambda graph, root: [Spot("a", 8, tuple(torch.fx.symbolic_trace(nn.ReLU()).graph.nodes)[:1])],
-    ],
-)
-def test_policies_that_yield_something_else_are_told(policy) -> None:
-    with pytest.raises(se_fx.SqueezeExciteError, match=r"placement=.*expected it to yield Spots"):
-        se_fx.plan(Unit(UNITS["functional"]), placement=policy)

@@ -14,7 +14,6 @@ from test_copies import weights
 from torch import Tensor, fx, nn
 
 import se_fx
-from se_fx import SqueezeExciteError
 
 
 def convs_with(model: nn.Module, least: int) -> list[str]:
@@ -371,77 +370,6 @@ def test_nothing_to_insert_is_no_error(cnn: nn.Sequential) -> None:
     text = str(se_fx.report(gm, x))
     assert "no Squeeze-and-Excitation block was inserted" in text
     assert "output channels < min_channels=1000" in text
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"min_channels": 0}, "min_channels=0: expected the least number of output channels"),
-        ({"min_channels": -1}, "min_channels=-1"),
-        ({"min_channels": 1.5}, "min_channels=1.5"),
-        ({"min_channels": True}, "min_channels=True"),
-        ({"min_channels": "many"}, "min_channels='many'"),
-        ({"latent_channels": 0}, "latent_channels=0: expected a hidden width"),
-        ({"placement": "sideways"}, "placement='sideways': expected one of 'conv'"),
-        ({"init": "ones"}, "init='ones': expected one of 'default', 'identity'"),
-        ({"bias": 1}, "bias=1: expected True or False"),
-        ({"activation": "swish"}, "activation='swish'"),
-        ({"gate": "tanh"}, "gate='tanh'"),
-        ({"where": []}, "where=[]: expected a predicate"),
-        ({"where": 3}, "where=3: expected a predicate"),
-        ({"where": "layr*"}, "where='layr*': 'layr*' matches no Conv2d; the first is named '0'"),
-        ({"min_chanels": 64}, "min_chanels: there is no such option; did you mean 'min_channels'?"),
-        ({"seed": -1}, "seed=-1: expected an integer from 0 to 2**64 - 1, or None"),
-        ({"seed": 2**64}, "seed=18446744073709551616"),
-        ({"seed": True}, "seed=True"),
-        ({"seed": 1.0, "plan": se_fx.Plan(())}, "seed=1.0"),
-        ({"foo": 64}, "foo: there is no such option; expected one of 'min_channels'"),
-        ({"plan": {"version": 1}}, "plan=dict: expected a Plan"),
-        ({"plan": se_fx.Plan(()), "min_channels": 64}, "min_channels: a plan fixes all options already"),
-        ({"example_inputs": "x"}, "example_inputs=str: expected a tensor"),
-        ({"example_inputs": torch.zeros(1, 4, 8, 8)}, "example_inputs: the model could not be called with inputs (1, 4, 8, 8)"),
-    ],
-)
-def test_bad_options_are_named_and_change_nothing(cnn: nn.Sequential, options: dict, message: str) -> None:
-    state = {key: value.clone() for key, value in cnn.state_dict().items()}
-    with pytest.raises(SqueezeExciteError) as caught:
-        se_fx.transform(cnn, **options)
-    assert str(caught.value).startswith(message)
-    assert all(torch.equal(value, state[key]) for key, value in cnn.state_dict().items())
-
-
-@pytest.mark.parametrize("function", [se_fx.transform, se_fx.plan])
-@pytest.mark.parametrize(
-    ("model", "message"),
-    [
-        (nn.Linear(2, 2), "model: Linear has no nn.Conv2d"),
-        ("resnet50", "model=str: expected an nn.Module"),
-        (None, "model=NoneType: expected an nn.Module"),
-        (
-            nn.Sequential(nn.LazyConv2d(8, 3)),
-            "model's submodule '0' has the uninitialised lazy parameter 'weight': run the model once",
-        ),
-        (nn.Sequential(torch.jit.script(nn.Sequential(nn.Conv2d(3, 8, 1)))), "model's submodule '0' is TorchScript"),
-        (
-            torch.compile(nn.Conv2d(3, 256, 1)),
-            "model is compiled already (OptimizedModule): transform the plain model first",
-        ),
-        (
-            nn.DataParallel(nn.Conv2d(3, 256, 1)),
-            "model is wrapped for distribution already (DataParallel): transform the plain model first",
-        ),
-    ],
-)
-def test_models_that_cannot_be_transformed(function, model, message: str) -> None:
-    with pytest.raises(SqueezeExciteError) as caught:
-        function(model)
-    assert str(caught.value).startswith(message)
-
-
-@pytest.mark.parametrize("function", [se_fx.report, se_fx.remove])
-def test_only_rewritten_models_have_a_report_and_an_original(function, cnn: nn.Sequential) -> None:
-    with pytest.raises(SqueezeExciteError, match=r"expected a model that se_fx has rewritten.*call se_fx.transform first"):
-        function(cnn)
 
 
 def test_transform_leaves_global_state_alone(cnn: nn.Sequential) -> None:

@@ -1,0 +1,468 @@
+"""Bad input, to every public function, method and command: one clear error that names the argument, and nothing has changed."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from test_faults import X, difference, network, optimizers_of, world
+from torch import nn
+from torch.fx import symbolic_trace
+
+import se_fx
+from se_fx.placement import Spot
+
+
+def fails(*_: Any, **__: Any) -> Any:
+    raise RuntimeError("on purpose")
+
+
+class Together(dict[str, Any]):
+    """Values of several arguments, for a row."""
+
+
+class Uncopied(nn.Conv2d):
+    def __deepcopy__(self, memo: object) -> Uncopied:
+        raise RuntimeError("holds a file")
+
+
+def other_spots(*found: Any) -> Callable[..., list[Any]]:
+    """A policy that yields what are no spots of the graph it is given."""
+    return lambda graph, root: [each(graph) if callable(each) else each for each in found]
+
+
+MODEL = network()
+OPTIMIZERS = optimizers_of(MODEL)
+EVALUATED = network().eval()
+REWRITTEN = se_fx.transform(MODEL, min_channels=1, latent_channels=2, seed=0)
+FOREIGN = se_fx.transform(MODEL, min_channels=1, block=lambda channels: nn.Identity())
+NARROW = se_fx.transform(nn.Sequential(nn.Conv2d(3, 4, 1)), min_channels=1, latent_channels=2)
+PROFILE = se_fx.profile_gates(REWRITTEN, [X], progress=False)
+PLAN = se_fx.plan(MODEL, min_channels=1, latent_channels=2, example_inputs=X)
+REPORT = se_fx.report(REWRITTEN, X)
+FROZEN, META = nn.Conv2d(3, 8, 1).requires_grad_(False), nn.Conv2d(3, 8, 1, device="meta")
+
+#: Every public function and method that takes arguments, with some that it accepts.
+CALLS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
+    "transform": (se_fx.transform, {"model": MODEL, "min_channels": 1}),
+    "plan": (se_fx.plan, {"model": MODEL, "min_channels": 1}),
+    "suggest": (se_fx.suggest, {"model": MODEL}),
+    "apply_squeeze_excite": (se_fx.apply_squeeze_excite, {"model": MODEL, "min_channels": 1, "optimizers": OPTIMIZERS}),
+    "report": (se_fx.report, {"rewritten": REWRITTEN}),
+    "remove": (se_fx.remove, {"rewritten": REWRITTEN}),
+    "profile_gates": (se_fx.profile_gates, {"rewritten": REWRITTEN, "batches": [X], "progress": False}),
+    "fold_gates": (se_fx.fold_gates, {"rewritten": REWRITTEN, "profile": PROFILE, "tolerance": 10, "progress": False}),
+    "optimize_for_inference": (se_fx.optimize_for_inference, {"model": EVALUATED}),
+    "bench": (
+        se_fx.bench,
+        {"models": {"a": nn.Conv2d(3, 8, 1)}, "example_inputs": X, "rounds": 1, "min_seconds": 0, "progress": False},
+    ),
+    "measure_machine": (se_fx.measure_machine, {}),
+    "SqueezeExcite2d": (se_fx.SqueezeExcite2d, {"num_features": 8}),
+    "Site": (se_fx.Site, {"name": "0", "channels": 8, "latent_channels": 2}),
+    "Plan": (se_fx.Plan, {}),
+    "Plan.of": (se_fx.Plan.of, {}),
+    "Plan.from_dict": (se_fx.Plan.from_dict, {}),
+    "Plan.within": (PLAN.within, {}),
+    "Plan.only": (PLAN.only, {}),
+    "Plan.without": (PLAN.without, {}),
+    "Report.to_html": (REPORT.to_html, {}),
+    "Report.estimate": (REPORT.estimate, {}),
+    "GateProfile.plot": (PROFILE.plot, {}),
+    "Machine.seconds": (se_fx.Machine(1.0, 1.0, "cpu", "float32").seconds, {}),
+}
+TRANSFORMS = ("transform", "plan")
+OF_MODELS = (*TRANSFORMS, "suggest", "apply_squeeze_excite", "optimize_for_inference")
+OF_REWRITTEN = ("report", "remove", "profile_gates", "fold_gates", "Plan.of")
+
+Row = tuple[str, str, Any, str]  # function, argument, value, what the message says
+
+
+def rows(functions: str | Iterable[str], argument: str, *pairs: tuple[Any, str]) -> list[Row]:
+    names = [functions] if isinstance(functions, str) else functions
+    return [(name, argument, value, words) for name in names for value, words in pairs]
+
+
+NO_FLAGS = tuple((value, "expected True or False") for value in (None, 1, "yes", torch.ones(2), np.ones(2)))
+NO_MODELS = (
+    (None, "model=NoneType: expected an nn.Module"),
+    ("resnet50", "model=str: expected an nn.Module"),
+    ([MODEL], "model=list: expected an nn.Module"),
+    (nn.ReLU, "model=type: expected an nn.Module; call it to make one"),
+    (network, "model=function: expected an nn.Module; call it to make one"),
+    (nn.Sequential(nn.LazyConv2d(8, 3)).eval(), "'0' has the uninitialised lazy parameter 'weight': run the model once"),
+    (
+        nn.Sequential(torch.jit.script(nn.Sequential(nn.Conv2d(3, 8, 1)))).eval(),
+        "'0' is TorchScript: transform the Python model",
+    ),
+    (torch.compile(nn.Conv2d(3, 256, 1).eval()), "compiled already (OptimizedModule): transform the plain model first"),
+    (nn.DataParallel(nn.Conv2d(3, 8, 1)).eval(), "wrapped for distribution already (DataParallel): transform the plain model"),
+)
+NO_INPUTS = (
+    (3, "example_inputs=int: expected a tensor, a tuple"),
+    ("x", "example_inputs=str"),
+    (np.zeros(3), "example_inputs=ndarray"),
+    ({1: X}, "example_inputs=dict: expected"),
+    ((value for value in [X]), "example_inputs=generator"),
+)
+UNCALLABLE = (
+    (X[:, :2], "the model could not be called with inputs (2, 2, 8, 8): RuntimeError"),
+    (X[0, 0, 0], "the model could not be called with inputs (8,)"),
+    (X.long(), "the model could not be called with inputs (2, 3, 8, 8)"),
+    ({"image": X}, "the model could not be called with inputs (2, 3, 8, 8): TypeError"),
+    ((X, X), "the model could not be called with inputs (2, 3, 8, 8), (2, 3, 8, 8)"),
+    ((), "the model could not be called with no inputs"),
+    ((None,), "the model could not be called with inputs NoneType"),
+    (([X],), "the model could not be called with inputs list"),
+)
+NO_WIDTHS = tuple(
+    (value, "expected a hidden width (an integer >= 1, such as 64) or a fraction")
+    for value in (0, -3, 1.5, True, "64", None, math.nan, math.inf, [64], torch.ones(2), nn.ReLU, np.ones(2))
+)
+TOO_WIDE = ((10**30, "of at most"), (1e300, "of at most"), (2**20 * 4 + 1, "of at most"))
+NO_FUNCTIONS = tuple(
+    (value, "or a callable on tensors (an instance, not a class)") for value in ("swish", "", "a\nb", 3, None, nn.ReLU, [])
+)
+NO_DEVICES = (
+    ("gpu", "expected"),
+    ("", "expected"),
+    (3.5, "expected"),
+    (10**30, "expected"),
+    ([], "expected"),
+    ("cuda:99", "expected"),
+)
+NO_DTYPES = tuple(
+    (value, "floating-point dtype such as torch.bfloat16") for value in (torch.int8, "float32", 3, torch.complex64)
+)
+NO_BUDGETS = tuple(
+    (value, "an integer >= 0, or a fraction in (0, 1) of the model's own")
+    for value in (-1, 1.5, True, "1%", math.nan, math.inf, [1], nn.ReLU)
+)
+NO_PATHS = tuple((value, "expected the path of a file") for value in (None, 3, "", b"x", [], Path))
+NOT_REWRITTEN = (
+    (None, "expected a model that se_fx has rewritten, and got NoneType; call se_fx.transform first"),
+    (MODEL, "and got Sequential; call se_fx.transform first"),
+    (type(MODEL), "and got type"),
+    (nn.DataParallel(REWRITTEN), "and got DataParallel; pass its .module"),
+    (se_fx.Plan(()), "and got Plan"),
+)
+
+ROWS: list[Row] = [
+    # models and their inputs
+    *rows(OF_MODELS, "model", *NO_MODELS),
+    *rows(("transform", "plan", "suggest", "apply_squeeze_excite"), "model", (nn.Linear(2, 2), "Linear has no nn.Conv2d")),
+    *rows("optimize_for_inference", "model", (MODEL, "training mode: call model.eval()")),
+    *rows((*TRANSFORMS, "suggest", "report", "optimize_for_inference"), "example_inputs", *NO_INPUTS, *UNCALLABLE),
+    *rows(OF_REWRITTEN, "rewritten", *NOT_REWRITTEN),
+    # options of transform and plan
+    *rows(
+        (*TRANSFORMS, "apply_squeeze_excite"),
+        "min_channels",
+        *(
+            (value, "expected the least number of output channels")
+            for value in (0, -1, 1.5, True, "many", "", None, math.nan, [])
+        ),
+    ),
+    *rows((*TRANSFORMS, "apply_squeeze_excite", "SqueezeExcite2d"), "latent_channels", *NO_WIDTHS, *TOO_WIDE),
+    *rows(
+        TRANSFORMS,
+        "placement",
+        *((value, "expected one of 'conv'") for value in ("sideways", "", 3, None, [])),
+        *(
+            (policy, "expected it to yield Spots")
+            for policy in (
+                other_spots("0"),
+                other_spots(lambda graph: Spot("nowhere", 8, tuple(graph.nodes)[1:2])),
+                other_spots(lambda graph: Spot("1.norm", 8, tuple(graph.nodes)[1:2])),
+                other_spots(Spot("0", 8, ())),
+                other_spots(Spot("0", 8, tuple(symbolic_trace(nn.ReLU()).graph.nodes)[:1])),
+            )
+        ),
+    ),
+    *rows(
+        (*TRANSFORMS, "SqueezeExcite2d"), "init", *((value, "expected one of 'default'") for value in ("ones", 3, None, [], nn))
+    ),
+    *rows((*TRANSFORMS, "SqueezeExcite2d"), "bias", *NO_FLAGS),
+    *rows((*TRANSFORMS, "SqueezeExcite2d"), "activation", *NO_FUNCTIONS),
+    *rows((*TRANSFORMS, "SqueezeExcite2d"), "gate", *NO_FUNCTIONS),
+    *rows(
+        (*TRANSFORMS, "SqueezeExcite2d"),
+        "gate",
+        (Together(gate=nn.Tanh(), init="identity"), "the gate is 0.0 at zero"),
+        (Together(gate=fails, init="identity"), "it raised RuntimeError; use init='default'"),
+        (
+            Together(gate=lambda x: torch.cat([x, x]), init="identity"),
+            "expected a function of a tensor to one of the same shape",
+        ),
+    ),
+    *rows(TRANSFORMS, "where", *((value, "expected a predicate") for value in (3, [], [3], True, {1: 2}))),
+    *rows(
+        TRANSFORMS, "where", *((value, "matches no Conv2d; the first is named '0'") for value in ("layr*", "", "a\nb", ["!9"]))
+    ),
+    *rows(
+        TRANSFORMS,
+        "overrides",
+        (["layer4"], "expected a dict from glob patterns"),
+        ({3: {}}, "overrides[3]"),
+        ({"0": 3}, "overrides['0']=3: expected, for a glob pattern, a dict of"),
+        ({"0": {"min_channels": 3}}, "expected, for a glob pattern, a dict of"),
+        ({"0": {"gate": "nope"}}, "overrides['0']: gate='nope'"),
+        ({"0": {"latent_channels": 0}}, "overrides['0']: latent_channels=0"),
+        ({"9": {"bias": True}}, "'9' matches no Conv2d; the first is named '0'"),
+    ),
+    *rows(
+        TRANSFORMS,
+        "block",
+        *((value, "a factory channels -> nn.Module") for value in (3, "cbam", "", [])),
+        (fails, "a factory channels -> nn.Module, and for 8 it failed: RuntimeError: on purpose"),
+        (nn.ReLU(), "a factory channels -> nn.Module, and for 8 it failed: TypeError"),
+        (lambda channels: None, "it made a NoneType"),
+        (lambda channels: nn.Conv2d(channels, 4, 1), "at '0', (1, 4, 64, 64) comes instead of (1, 8, 64, 64)"),
+        (lambda channels: nn.AvgPool2d(2), "returns a tensor of its input's shape"),
+        (Together(block=nn.Identity, init="identity"), "init: is for se_fx's own block, and block="),
+    ),
+    *rows(
+        TRANSFORMS,
+        "gate",
+        (lambda x: x.sum(1), "returns a tensor of its input's shape"),
+        (lambda x: torch.cat([x, x], 1), "returns a tensor of its input's shape"),
+    ),
+    *rows(TRANSFORMS, "placement", (fails, "a policy (graph, root) -> spots, and it failed: RuntimeError: on purpose")),
+    *rows(
+        TRANSFORMS, "placement", *((each, "a policy (graph, root) -> spots, and it failed") for each in (nn.ReLU, lambda *_: 3))
+    ),
+    *rows(TRANSFORMS, "where", (fails, "failed: RuntimeError: on purpose"), (nn.ReLU, "failed: TypeError")),
+    *rows(TRANSFORMS, "where", (lambda name, module: np.ones(2), "failed: ValueError: The truth value of an array")),
+    *rows("transform", "plan", (Together(plan=PLAN, gate="hardsigmoid"), "a plan fixes all options already")),
+    *rows("transform", "plan", *(({"version": 1}, "plan=dict: expected a Plan"), ([], "plan=list"), ("p.json", "plan=str"))),
+    *rows(
+        ("transform", "apply_squeeze_excite"),
+        "seed",
+        *((value, "expected an integer from 0 to 2**64 - 1, or None") for value in (-1, 2**64, True, 1.0, "0", math.nan, [0])),
+    ),
+    *rows(TRANSFORMS, "min_chanels", (64, "there is no such option; did you mean 'min_channels'?")),
+    *rows(TRANSFORMS, "foo", (64, "there is no such option; expected one of")),
+    *rows(
+        "apply_squeeze_excite",
+        "optimizers",
+        *(
+            (value, "expected a torch.optim.Optimizer, or several, and got")
+            for value in ("sgd", 3, [OPTIMIZERS[0], None], torch.optim.SGD, MODEL.parameters())
+        ),
+    ),
+    # the block
+    *rows(
+        "SqueezeExcite2d",
+        "num_features",
+        *((value, "expected the number of channels, an integer from 1") for value in (0, 2.5, True, None, "8", 10**30, [8])),
+    ),
+    *rows("SqueezeExcite2d", "device", *NO_DEVICES),
+    *rows("SqueezeExcite2d", "dtype", *NO_DTYPES),
+    # plans
+    *rows("Site", "name", *((value, "expected str") for value in (None, 3, b"0"))),
+    *rows("Site", "channels", *((value, "expected int from 1 to 2**20") for value in (None, "8", 0, -1, 8.0, True, 10**12))),
+    *rows("Site", "latent_channels", *((value, "expected int from 1 to 2**20") for value in ("8", 0, 0.5, True, 10**12))),
+    *rows("Site", "latent_channels", (1025, "at most 1024"), (None, "expected a width, or a block of others")),
+    *rows("Site", "block", (3, "expected str"), ("eca", "expected a width, or a block of others")),
+    *rows("Site", "bias", (1, "expected bool"), (None, "expected bool")),
+    *rows("Plan", "sites", *((value, "expected a tuple of Sites") for value in (None, [], 3, "x", ("0",), (se_fx.Site,)))),
+    *rows("Plan", "sites", (PLAN.sites * 2, "expected each site once, and got '0' twice")),
+    *rows(
+        "Plan.from_dict",
+        "data",
+        *(
+            (value, "expected what Plan.to_dict() returns, of version 1, and got version None")
+            for value in (None, [], {}, "x", nn)
+        ),
+        *(({"version": value, "sites": []}, "of version 1, and got version") for value in (2, 0, True, 1.0, "1", None, [])),
+        ({"version": 2}, "upgrade se_fx if a later one has saved it"),
+        ({"version": 1}, "plan['sites']: expected a list of sites"),
+    ),
+    *rows("Plan.within", "flops", *NO_BUDGETS),
+    *rows("Plan.within", "params", *NO_BUDGETS),
+    *rows("Plan.within", "bytes", *NO_BUDGETS),
+    *rows("Plan.within", "flops", (Together(), "expected a budget, flops=, params= or bytes=")),
+    *rows(
+        ("Plan.only", "Plan.without"),
+        "patterns",
+        *((value, "matches no site of this plan") for value in ("9", "", None, 3, nn)),
+    ),
+    # reports, profiles, machines
+    *rows("Report.to_html", "path", *NO_PATHS),
+    *rows("GateProfile.plot", "path", *NO_PATHS, ("gates.docx", "expected an ending"), ("gates", "expected an ending")),
+    *rows("Report.estimate", "machine", *((value, "se_fx.measure_machine()") for value in (None, 3, "cpu", se_fx.Machine))),
+    *rows("Machine.seconds", "operators", (None, "expected the operators of a report"), (3, "expected the operators")),
+    *rows(
+        ("measure_machine", "bench"), "device", *NO_DEVICES, ("meta", "expected 'cpu', or a CUDA device"), ("xla", "expected")
+    ),
+    *rows(("measure_machine", "bench"), "dtype", *NO_DTYPES),
+    *rows("measure_machine", "dtype", (None, "expected a floating-point dtype")),
+    # gates
+    *rows(
+        "profile_gates",
+        "batches",
+        *((value, "expected batches; for a single one, batches=[batch]") for value in (None, 3, X, "x", {"x": X})),
+        ([], "expected at least one batch"),
+        ([3], "batch=int: expected a tensor"),
+        ([(X, torch.tensor([1, 2, 3]))], "3 labels came with gates of 2 samples"),
+        *(([value], words) for value, words in UNCALLABLE if not isinstance(value, dict)),
+    ),
+    *rows("profile_gates", "rewritten", (FOREIGN, "it has no block of se_fx's own")),
+    *rows(("profile_gates", "fold_gates", "bench"), "progress", *NO_FLAGS),
+    *rows(
+        "fold_gates",
+        "profile",
+        ({}, "profile=dict: expected a GateProfile; call se_fx.profile_gates"),
+        (None, "profile=NoneType"),
+        (Together(rewritten=NARROW, profile=PROFILE), "site '0' does not fit: the profile has 8 channels there, this model 4"),
+        (Together(rewritten=FOREIGN, profile=PROFILE), "site '0' does not fit: this model has no block of se_fx's own there"),
+    ),
+    *rows(
+        "fold_gates",
+        "tolerance",
+        *(
+            (value, "expected how far gates may vary, a number >= 0")
+            for value in (-0.1, math.nan, math.inf, True, "0.02", None, [])
+        ),
+    ),
+    *rows(
+        "fold_gates",
+        "held_out",
+        *((value, "expected batches; for a single one, held_out=[batch]") for value in (3, X, "x", {"x": X}, nn.ReLU)),
+        ([], "expected at least one batch"),
+        (iter([]), "expected at least one batch"),
+        ([3], "batch=int: expected a tensor"),
+        *(([value], words) for value, words in UNCALLABLE if not isinstance(value, dict)),
+    ),
+    # inference
+    *rows(
+        "optimize_for_inference",
+        "rewrites",
+        (["hoist_squeeze"], "did you mean 'hoist_squeezes'"),
+        *((value, "expected names in a list") for value in ("fold_norms", 3, True, nn.ReLU)),
+        *(([value], "expected some of 'constant_gates'") for value in (3, None, [], nn.ReLU)),
+    ),
+    # benchmarks
+    *rows(
+        "bench",
+        "models",
+        ({}, "models={}: expected modules by name, the baseline first, or one model"),
+        ([MODEL], "models=list: expected modules by name"),
+        (MODEL, "models=Sequential: expected modules by name, the baseline first, or one model that se_fx.transform"),
+        (np.zeros(3), "models=ndarray"),
+        ({"a": MODEL, "b": 3}, "models: 'b' is of type int"),
+        ({1: MODEL}, "models: 1 is of type Sequential"),
+        ({"a": Uncopied(3, 8, 1)}, "models['a']: can't be copied to cpu. RuntimeError: holds a file"),
+        (Together(models={"a": MODEL, "b": FROZEN}, training=True), "models['b']: a training step (eager) failed with"),
+        (Together(models={"a": META}, device="cpu"), "models['a']: can't be copied to cpu"),
+    ),
+    *rows("bench", "device", (Together(models={"a": FROZEN, "b": META}), "device: the models' tensors are on cpu, meta")),
+    *rows("bench", "device", (Together(models={"a": META}), "device='meta': expected 'cpu'")),
+    *rows(
+        "bench",
+        "example_inputs",
+        *NO_INPUTS,
+        (None, "example_inputs=NoneType: expected a tensor"),
+        ((), "expected a tensor with samples in dimension 0, got no inputs"),
+        (X[:0], "expected a tensor with samples in dimension 0, got inputs (0, 3, 8, 8)"),
+        (X[:, :2], "models['a']: inference (eager) failed with inputs (1, 2, 8, 8); check example_inputs"),
+    ),
+    *rows(
+        "bench",
+        "batch_sizes",
+        *((value, "expected integers >= 1, such as (1, 8)") for value in ((), (1, 0), 8, (True,), "8", None, [1.5], iter([1]))),
+    ),
+    *rows("bench", "compiled", *((value, 'expected False, True or "both"') for value in ("maybe", None, 1, torch.ones(2), []))),
+    *rows(
+        "bench",
+        "freezing",
+        *NO_FLAGS,
+        (True, 'freezes weights in compiled code; pass compiled=True or "both"'),
+        (Together(freezing=True, compiled=True, training=True), "training changes; pass training=False"),
+    ),
+    *rows("bench", "training", *NO_FLAGS, (Together(models={"a": FROZEN}, training=True), "pass training=False")),
+    *rows("bench", "channels_last", *NO_FLAGS),
+    *rows(
+        "bench",
+        "autocast",
+        *((value, "expected None, torch.bfloat16 or torch.float16") for value in (torch.float32, True, "b")),
+    ),
+    *rows("bench", "rounds", *((value, "expected an integer >= 1") for value in (0, -1, 1.5, True, None, "3", math.inf))),
+    *rows(
+        "bench",
+        "min_seconds",
+        *((value, "expected seconds, a number >= 0") for value in (-1, math.nan, math.inf, None, True, "1")),
+    ),
+]
+
+
+#: What messages call the only argument, where not by its name.
+NAMED = {"Plan.from_dict": "plan"}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_every_argument_of_every_function(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    function, good = CALLS[name]
+    faults = []
+    before = state()
+    for _, argument, value, words in (row for row in ROWS if row[0] == name):
+        given = {**good, **(value if isinstance(value, Together) else {argument: value})}
+        label = f"{name}({argument}={value!r:.60})"
+        try:
+            if name in ("Plan.only", "Plan.without", "Plan.from_dict"):
+                function(value)
+            else:
+                function(**given)
+            faults.append(f"{label}: accepted")
+        except se_fx.SqueezeExciteError as error:
+            message = str(error)
+            if words not in message or NAMED.get(name, argument) not in message or "\n" in message or len(message) > 600:
+                faults.append(f"{label}: {message}")
+        except Exception as error:
+            faults.append(f"{label}: {type(error).__name__}: {error}")
+        if changed := difference(before, state()):
+            faults.append(f"{label} changed {changed}")
+            before = state()
+    assert not faults, "\n".join(faults)
+    assert not list(tmp_path.iterdir())
+
+
+def state() -> dict[str, Any]:
+    of_rewritten = {f"rewritten {key}": value for key, value in world(REWRITTEN, []).items() if key.startswith("module")}
+    return {**world(MODEL, OPTIMIZERS), **of_rewritten}
+
+
+#: Made by functions, not by hand: their constructors check nothing.
+RESULTS = {
+    *("Benchmark", "Cost", "Folding", "GateProfile", "Machine", "Optimization", "Plan", "Report", "Site", "SiteGates"),
+    *("SqueezeExciteError", "Suggestion"),
+}
+#: They run in graphs, where a check would be recorded.
+TRACED = {"SqueezeExcite2d.excitation", "SqueezeExcite2d.forward"}
+
+
+def public() -> Iterator[tuple[str, str]]:
+    """Every parameter of every public function, method and constructor."""
+    for name in se_fx.__all__:
+        found = getattr(se_fx, name)
+        functions = {name: found}
+        if inspect.isclass(found):
+            methods = {method: getattr(found, method) for method in vars(found) if not method.startswith("_")}
+            functions = {f"{name}.{method}": value for method, value in methods.items() if callable(value)}
+            functions |= {} if name in RESULTS else {name: found}
+        for path, function in functions.items():
+            for parameter in inspect.signature(function).parameters.values():
+                if parameter.name != "self" and parameter.kind is not parameter.VAR_KEYWORD and path not in TRACED:
+                    yield path, parameter.name
+
+
+def test_no_parameter_is_without_a_row() -> None:
+    assert set(public()) <= {(name, argument) for name, argument, _, _ in ROWS}
+    assert {name for name, *_ in ROWS} == set(CALLS)
