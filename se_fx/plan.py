@@ -148,7 +148,8 @@ class Plan:
         return sum((site.cost for site in self.sites), NO_COST)
 
     def __str__(self) -> str:
-        summary = f"{len(self)} site{'s' * (len(self) != 1)}, {len(self.skipped)} Conv2d layers skipped"
+        counts = (len(self), "site"), (len(self.skipped), "Conv2d layer")
+        summary = ", ".join(f"{count} {name}{'s' * (count != 1)}" for count, name in counts) + " skipped"
         return summary + (f"\n{site_table(self.sites, self.base if self.measured else None)}" if self.sites else "")
 
     # ------------------------------------------------------------------------------------------------------ smaller plans

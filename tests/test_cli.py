@@ -46,7 +46,7 @@ def test_report_of_a_timm_model_as_json(capsys: pytest.CaptureFixture[str]) -> N
 def test_plan_of_a_callable(capsys: pytest.CaptureFixture[str]) -> None:
     spec = f"{__name__}:build"
     assert main(["plan", spec, "--where", "*", "--where", "!0"]) == 0
-    assert capsys.readouterr().out.splitlines()[0] == "1 site, 1 Conv2d layers skipped"
+    assert capsys.readouterr().out.splitlines()[0] == "1 site, 1 Conv2d layer skipped"
     assert main(["plan", spec, "--json"]) == 0
     assert [site["name"] for site in json.loads(capsys.readouterr().out)["sites"]] == ["0", "2"]
 
