@@ -24,6 +24,7 @@ import se_fx
 from se_fx import Cost, Plan, Site, SqueezeExciteError
 from se_fx.blocks import BLOCKS, GATES
 from se_fx.placement import PLACEMENTS
+from se_fx.plan import Skip
 
 
 def names(plan: Plan) -> list[str]:
@@ -74,6 +75,13 @@ def test_several_budgets_are_all_kept_to_and_used_up(costs, params, flops, moved
     assert not any(fits(kept.added + site.cost) for site in plan.sites if site not in kept.sites)
 
 
+def test_a_block_costs_the_largest_share_of_any_budget() -> None:
+    # Of 8 parameters and 1000 FLOPs: 1/8 or 1/2, 3/8 or 1/10, 5/8 or 1/5. The second is first, then the first; 1 + 3 + 5 > 8.
+    kept = plan_with([(1, 500, 0), (3, 100, 0), (5, 200, 0)]).within(params=8, flops=1000)
+    assert names(kept) == ["conv0", "conv1"]
+    assert kept.skipped == (Skip("conv2", 8, "over the budget of flops=1000, params=8"),)
+
+
 def test_fractions_are_of_the_models_own_cost() -> None:
     model = get_model("resnet18", weights=None)
     plan = se_fx.plan(model, example_inputs=torch.zeros(1, 3, 64, 64), placement="residual", min_channels=1)
@@ -91,6 +99,7 @@ def test_a_plan_that_was_read_back_does_not_know_its_models_cost(cnn: nn.Module)
     with pytest.raises(SqueezeExciteError, match="pass a number of params"):
         plan.within(params=0.5)
     assert len(plan.within(params=10**6)) == 2
+    assert len(plan.within(params=0)) == 0
 
 
 # ------------------------------------------------------------------------------------------------------------------ sets
@@ -104,6 +113,8 @@ def test_sets_of_sites() -> None:
     assert skipped["layer1.0.conv2"] == "taken out of the plan"
     with pytest.raises(SqueezeExciteError, match=r"'layer9.*' matches no site.*'layer1.0.conv2'"):
         plan.without("layer9.*")
+    with pytest.raises(SqueezeExciteError, match=r"'layer1' matches no site of this plan$"):
+        Plan(()).only("layer1")
     with pytest.raises(TypeError):
         plan | 3
 
@@ -200,6 +211,37 @@ def test_overrides() -> None:
     assert kinds["layer3.0.conv2"] == (64, True, "sigmoid", None)
     assert kinds["layer4.0.conv2"] == (128, True, "hardsigmoid", None)
     assert kinds["layer4.1.conv2"] == (None, False, "sigmoid", "test_plan.Attention")
+
+
+# ----------------------------------------------------------------------------------------------------------------- tables
+STEM = Site("stem", 16, 4, cost=Cost(params=128, macs=128))
+LAST = Site("layer4.conv", 2048, 128, spatial=(14, 7), cost=Cost(params=524_288, macs=524_288))
+OTHER = Site("head", 512, None, "post", block="own.Eca", cost=Cost(params=3))
+PRINTED = {
+    Plan(()): "0 sites, 0 Conv2d layers skipped",
+    Plan((STEM,), (Skip("a", 8, "why"),)): """
+1 site, 1 Conv2d layer skipped
+conv      channels    hidden    parameters
+------  ----------  --------  ------------
+stem            16         4           128""",
+    Plan((STEM, LAST), base=Cost(macs=50_000_000), measured=True): """
+2 sites, 0 Conv2d layers skipped
+conv           channels    hidden    spatial    parameters     MACs    of model
+-----------  ----------  --------  ---------  ------------  -------  ----------
+stem                 16         4          -           128      128     0.000 %
+layer4.conv       2,048       128       14x7       524,288  524,288     1.049 %""",
+    Plan((STEM, OTHER), measured=True): """
+2 sites, 0 Conv2d layers skipped
+conv    placement    block              channels    hidden    spatial    parameters    MACs    of model
+------  -----------  ---------------  ----------  --------  ---------  ------------  ------  ----------
+stem    conv         SqueezeExcite2d          16         4          -           128     128           -
+head    post         own.Eca                 512         -          -             3       0           -""",
+}
+
+
+@pytest.mark.parametrize("plan", PRINTED, ids=["no site", "parameters alone", "measured", "of other kinds"])
+def test_plans_print_as_tables(plan: Plan) -> None:
+    assert str(plan) == PRINTED[plan].lstrip()
 
 
 # --------------------------------------------------------------------------------------------------------- save and load

@@ -10,7 +10,7 @@ import torchvision
 from torch import Tensor, nn
 
 import se_fx
-from se_fx import Plan, Site, SqueezeExciteError
+from se_fx import Cost, Plan, Site, SqueezeExciteError
 
 X = torch.zeros(1, 3, 8, 8)
 
@@ -145,6 +145,14 @@ def test_a_plan_for_another_model_names_the_first_site_that_does_not_fit() -> No
 
 GOOD = Site("0", 16, 4)
 SAVED = Plan((GOOD,)).to_dict()
+
+
+def test_widths_are_read_up_to_their_bounds() -> None:
+    for width in (1, 2**20):
+        site = {**SAVED["sites"][0], "channels": width, "latent_channels": width}
+        assert Plan.from_dict({**SAVED, "sites": [site]}).sites == (
+            Site("0", width, width, cost=Cost(params=2 * width * width)),
+        )
 
 
 def test_many_sites_are_summed_up_by_stage() -> None:
