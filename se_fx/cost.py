@@ -235,14 +235,18 @@ RULES: dict[str, Callable[[Any, Any], int]] = {
     # statistics (2), normalisation (2), scale and shift (2)
     **dict.fromkeys(("native_layer_norm", "native_group_norm"), _per_element(6)),
     # maximum, difference, exponential, sum, quotient
-    **dict.fromkeys(("_softmax", "_log_softmax"), _per_element(5)),
+    **dict.fromkeys(("_softmax", "_log_softmax", "_safe_softmax"), _per_element(5)),
+    # the sigmoid of one half, times the other
+    "glu": _per_element(2),
     "_scaled_dot_product_flash_attention_for_cpu": _attention,
     "upsample_bilinear2d": _per_element(7),
     "upsample_bicubic2d": _per_element(39),
     "grid_sampler_2d": _per_element(7),
 }
 #: Pointwise operators that PyTorch does not tag as such.
-POINTWISE = frozenset({"hardswish_", "hardsigmoid_", "hardtanh_", "leaky_relu_", "elu_", "silu_", "relu6", "prelu", "mish_"})
+POINTWISE = frozenset(
+    """hardswish hardswish_ hardsigmoid_ hardtanh_ leaky_relu_ elu_ silu_ relu6 prelu mish_ log_sigmoid_forward""".split()  # noqa: SIM905
+)
 #: Operators that only move, make or describe data.
 FREE = frozenset(
     """clone copy_ _to_copy contiguous cat stack roll repeat flip im2col constant_pad_nd reflection_pad2d replication_pad2d
