@@ -27,7 +27,7 @@ from torch.utils._pytree import tree_leaves
 from se_fx.cloning import clone
 from se_fx.fakes import Call, as_call, calling, faked
 
-__all__ = ["NO_COST", "Cost", "Measurement", "Operator", "measure"]
+__all__ = ["NEEDS_VALUES", "NO_COST", "Cost", "Measurement", "Operator", "measure"]
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,6 @@ class Measurement:
         shapes: the shape of each watched module's last output; watched modules that weren't reached are missing.
         operators: those that computed or moved anything, in their order.
         uncounted: how often each operator ran that no rule covers; their FLOPs count as 0.
-        ran_for_real: whether the model's code needed real values, so that the call was computed.
     """
 
     total: Cost = NO_COST
@@ -94,7 +93,6 @@ class Measurement:
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
     operators: list[Operator] = field(default_factory=list)
     uncounted: Counter[str] = field(default_factory=Counter)
-    ran_for_real: bool = False
 
 
 def measure(model: nn.Module, example_inputs: Any, watched: Mapping[str, str] | None = None) -> Measurement:
@@ -114,19 +112,21 @@ def measure(model: nn.Module, example_inputs: Any, watched: Mapping[str, str] | 
     call = as_call(example_inputs)
     watched = watched or {}
     with calling("example_inputs", call):
-        try:
-            with faked(model, call) as (copied, fake_call):
-                return _count(copied, fake_call, watched)
-        except (DataDependentOutputException, DynamicOutputShapeException):
-            return _count(clone(model), call, watched, ran_for_real=True)
+        with contextlib.suppress(*NEEDS_VALUES), faked(model, call) as (copied, fake_call):
+            return _count(copied, fake_call, watched)
+        return _count(clone(model), call, watched)
+
+
+#: What is raised on fake tensors where code needs values.
+NEEDS_VALUES = (DataDependentOutputException, DynamicOutputShapeException)
 
 
 # ----------------------------------------------------------------------------------------------------------------- running
-def _count(model: nn.Module, call: Call, watched: Mapping[str, str], *, ran_for_real: bool = False) -> Measurement:
+def _count(model: nn.Module, call: Call, watched: Mapping[str, str]) -> Measurement:
     """Count one call of `model`, a clone."""
     args, kwargs = call
     model.eval()
-    measurement = Measurement(ran_for_real=ran_for_real)
+    measurement = Measurement()
     counting = _Counting(measurement)
     for key, name in watched.items():
         module = model.get_submodule(name)
@@ -212,16 +212,16 @@ def _per_element(count: int) -> Callable[[Any, Any], int]:
 
 
 def _window(args: Any, out: Any) -> int:
-    """Pooling with a window: one operation for each element under each window."""
-    height, width = (args[1] * 2)[:2] if isinstance(args[1], (list, tuple)) else (args[1], args[1])
+    """Pooling with a window: one operation for each element under each window. Windows are dispatched as lists."""
+    height, width = (args[1] * 2)[:2]
     return _written(args, out) * int(height) * int(width)
 
 
 def _attention(args: Any, out: Any) -> int:
     """Two matrix products and a softmax, (N, heads, L, E) x (N, heads, S, E); PyTorch's counter has it for GPUs only."""
-    query, key, value = args[:3]
+    query, key = args[:2]
     scores = query.numel() // query.shape[-1] * key.shape[-2]
-    return int(scores * (2 * query.shape[-1] + 2 * value.shape[-1] + 5))
+    return int(scores * (4 * query.shape[-1] + 5))
 
 
 #: FLOPs of operators that compute, but neither multiply matrices nor work pointwise, from arguments and result.

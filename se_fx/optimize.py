@@ -9,12 +9,11 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, fx, nn
-from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 
 from se_fx.algebra import Algebra
 from se_fx.capture import Capture, capture, collector_paused, is_foreign
 from se_fx.cloning import clone
-from se_fx.cost import measure
+from se_fx.cost import NEEDS_VALUES, measure
 from se_fx.dataflow import called, modules_of
 from se_fx.errors import SqueezeExciteError, hint, shown
 from se_fx.fakes import Call, as_call, faked
@@ -156,7 +155,7 @@ class _Sizes(fx.Interpreter):
 
 def _note_sizes(region: fx.GraphModule, call: Call) -> None:
     """Run the model's own region on fake tensors, as far as that is possible without values."""
-    with contextlib.suppress(DataDependentOutputException, DynamicOutputShapeException), faked(region, call) as (fake, inputs):
+    with contextlib.suppress(*NEEDS_VALUES), faked(region, call) as (fake, inputs):
         args, kwargs = inputs
         names = [str(node.target) for node in region.graph.nodes if node.op == "placeholder"]
         values = [*args, *(kwargs[name] for name in names[len(args) :] if name in kwargs)]
