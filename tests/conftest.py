@@ -9,12 +9,19 @@ from unittest import mock
 
 import pytest
 import torch
+from hypothesis import HealthCheck, Phase, settings
 from torch import nn
 
 from se_fx import blocks, cost, criteria, placement, rewrites
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)
+
+
+slow = {"deadline": None, "suppress_health_check": list(HealthCheck), "phases": set(Phase) - {Phase.explain}}
+settings.register_profile("few", max_examples=100, derandomize=True, **slow)
+settings.register_profile("many", max_examples=1000, database=None, **slow)
+settings.load_profile("few")
 
 
 @pytest.fixture(autouse=True)

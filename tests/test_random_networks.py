@@ -1,147 +1,371 @@
-"""Random networks, random options: identity, keys, idempotence, removal, replay and counting hold for all of them."""
+"""Random networks, random options: what se_fx promises holds for all of them.
+
+Each test draws 100 networks, the same ones each time. More, and others each time:
+
+    python -m pytest tests/test_random_networks.py --hypothesis-profile=many --hypothesis-seed=1 --hypothesis-show-statistics
+
+Whatever such a run finds gets a test of its own beside those of the promise that broke.
+"""
 
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
+import operator
 import pickle
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+from unittest import mock
 
 import hypothesis.strategies as st
 import torch
-import torch.nn.functional as F
-from hypothesis import HealthCheck, given, settings
-from torch import Tensor, nn
+from hypothesis import event, given, settings
+from networks import Recipe, recipes
+from torch import Tensor, fx, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import se_fx
+from se_fx import blocks
 from se_fx.placement import PLACEMENTS
 
-CHANNELS = 4
-STEPS = {
-    "conv": lambda net, x: net.convs[0](x),
-    "shared conv": lambda net, x: net.convs[0](net.convs[0](x)),
-    "conv, norm, relu": lambda net, x: F.relu_(net.norm(net.convs[1](x))),
-    "residual": lambda net, x: x + net.convs[2](torch.relu(net.convs[1](x))),
-    "residual, in place": lambda net, x: F.relu_(net.convs[2](F.relu_(net.norm(net.convs[1](x)))).add_(x)),
-    "pre-activation": lambda net, x: net.convs[2](F.relu(net.convs[1](F.relu(x)))).mul(0.5) + x,
-    "pre-activation, in place": lambda net, x: net.convs[2](F.relu(net.convs[1](x.relu_()))) + x,
-    "added to in place": lambda net, x: x.add_(net.convs[1](net.convs[2](x).relu())),
-    "projected": lambda net, x: F.relu(net.convs[0](x) + net.convs[2](F.relu(net.convs[1](x)))),
-    "branches": lambda net, x: net.merge(torch.cat([net.convs[1](x), x], 1)),
-    "gate": lambda net, x: x * torch.sigmoid(net.convs[2](x.mean((2, 3), keepdim=True))),
-    "in place": lambda net, x: net.convs[1](x).mul_(2).add_(x),
-    "dropout": lambda net, x: F.dropout(x, 0.5, net.training),
-    "train only": lambda net, x: net.convs[2](x) if net.training else x,
-    "noise": lambda net, x: x + torch.rand([x.shape[0], 1, 1, 1], dtype=x.dtype) if net.training else x,
-    "value branch": lambda net, x: net.inner(x),
-    "hooked": lambda net, x: net.hooked(x),
-    "keyword": lambda net, x: net.hooked(input=x),
-    "pool": lambda net, x: F.avg_pool2d(x, 2, ceil_mode=True),
-}
 
+class Scales(nn.Module):
+    """Another attention block, which does nothing until it is trained."""
 
-class Branches(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self, channels: int) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(CHANNELS, CHANNELS, 1)
+        self.weight = nn.Parameter(torch.ones(channels, 1, 1))
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.conv(x) if x.sum() > 0 else self.conv(-x)
+        return x * self.weight
 
 
-class Network(nn.Module):
-    def __init__(self, steps: list[str], output: str) -> None:
-        super().__init__()
-        self.steps, self.output = steps, output
-        self.stem = nn.Conv2d(3, CHANNELS, 3, padding=1)
-        self.convs = nn.ModuleList(nn.Conv2d(CHANNELS, CHANNELS, 1, groups=groups) for groups in (1, 2, 4))
-        self.norm, self.merge, self.inner = nn.BatchNorm2d(CHANNELS), nn.Conv2d(2 * CHANNELS, CHANNELS, 1), Branches()
-        self.hooked = nn.Sequential(nn.Conv2d(CHANNELS, CHANNELS, 1), nn.ReLU())
-        self.hooked.register_forward_hook(double)
-
-    def forward(self, x: Tensor):
-        x = self.stem(x)
-        for step in self.steps:
-            x = STEPS[step](self, x)
-        return {"tensor": x, "dict": {"out": x}, "tuple": (x, None)}[self.output] if self.output != "tensor" else x
+def small_kernels(name: str, module: nn.Module) -> bool:
+    return module.kernel_size == (1, 1)
 
 
-def double(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
-    return output * 2
-
-
-def leaves(output) -> list:
-    return torch.utils._pytree.tree_leaves(output)
-
-
-def run(model: nn.Module, x: Tensor, training: bool, buffers: dict[str, Tensor]) -> list:
-    for name, buffer in model.named_buffers():
-        if name in buffers:
-            buffer.copy_(buffers[name])
-    torch.manual_seed(1)
-    with torch.no_grad():
-        return leaves(model.train(training)(x))
-
-
-def same(a: list, b: list) -> bool:
-    return len(a) == len(b) and all(torch.equal(p, q) if isinstance(p, Tensor) else p is q for p, q in zip(a, b, strict=True))
-
-
-@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True)
-@given(
-    steps=st.lists(st.sampled_from(sorted(STEPS)), max_size=6),
-    output=st.sampled_from(["tensor", "dict", "tuple"]),
-    placement=st.sampled_from(sorted(PLACEMENTS)),
-    min_channels=st.integers(1, 5),
-    latent_channels=st.sampled_from([1, 3, 0.5]),
-    bias=st.booleans(),
-    gate=st.sampled_from(["sigmoid", "hardsigmoid"]),
-    dtype=st.sampled_from([torch.float32, torch.float64, torch.bfloat16]),
-    batch=st.sampled_from([0, 1, 3]),
-    channels_last=st.booleans(),
+own_blocks = st.fixed_dictionaries(
+    {"init": st.sampled_from(["identity", "identity", "identity", "default"])},
+    optional={
+        "latent_channels": st.sampled_from([1, 3, 0.5, 1 / 16]),
+        "bias": st.booleans(),
+        "gate": st.sampled_from(["sigmoid", "hardsigmoid", torch.sigmoid, nn.Hardsigmoid()]),
+        "activation": st.sampled_from(["relu", "silu", "gelu", torch.tanh, nn.ELU()]),
+        "overrides": st.sampled_from(
+            [
+                {"*": {"bias": True}},
+                {"head": {"block": "scales"}},
+                {"body.*": {"latent_channels": 2}, "*.b": {"gate": "hardsigmoid"}},
+            ]
+        ),
+    },
 )
-def test_promises_hold(
-    steps, output, placement, min_channels, latent_channels, bias, gate, dtype, batch, channels_last
-) -> None:
+other_blocks = st.fixed_dictionaries({"block": st.sampled_from([Scales, "scales"])})
+places = st.fixed_dictionaries(
+    {"min_channels": st.sampled_from([1, 4, 5, "auto"]), "placement": st.sampled_from(["conv", *PLACEMENTS])},
+    optional={
+        "where": st.sampled_from(["*", "body.*", "!head", ["*", "!stem", "!body.0*"], small_kernels]),
+        "seed": st.sampled_from([0, 2**40]),
+    },
+)
+options = st.builds(operator.or_, places, own_blocks | own_blocks | own_blocks | other_blocks)
+
+
+@dataclasses.dataclass
+class Case:
+    """A network, and what `transform` has made of it."""
+
+    recipe: Recipe
+    options: dict[str, Any]
+    model: nn.Module
+    result: nn.Module
+
+    @property
+    def planning(self) -> dict[str, Any]:
+        return {name: value for name, value in self.options.items() if name != "seed"}
+
+    def anew(self) -> nn.Module:
+        """Of another network by the same recipe, for what changes its state."""
+        return transform(self.recipe.network(), **self.options)
+
+    @property
+    def is_identity(self) -> bool:
+        return self.options.get("init") != "default"
+
+
+def transform(model: nn.Module, plan: se_fx.Plan | None = None, **options: Any) -> nn.Module:
     torch.manual_seed(0)
-    layout = torch.channels_last if channels_last else torch.contiguous_format
-    model = Network(steps, output).to(dtype=dtype, memory_format=layout)
-    options = {"min_channels": min_channels, "latent_channels": latent_channels, "bias": bias, "gate": gate}
-    state = {key: value.clone() for key, value in model.state_dict().items()}
+    return se_fx.transform(model, plan, **options)
+
+
+# -------------------------------------------------------------------------------------------------------------- promises
+Pairs = Iterator[tuple[nn.Module, nn.Module]]  # of modules that must do the same
+
+
+def again(case: Case) -> Pairs:
+    """A second transform adds nothing."""
+    twice = transform(case.result, **case.options)
+    assert twice.state_dict().keys() == case.result.state_dict().keys()
+    yield twice, case.result
+
+
+def removal(case: Case) -> Pairs:
+    """`remove` gives the original back: classes, keys, tensors."""
+    removed = se_fx.remove(case.result)
+    assert [(n, type(m)) for n, m in removed.named_modules()] == [(n, type(m)) for n, m in case.model.named_modules()]
+    assert_same_tensors(removed, case.model)
+    assert removed.state_dict().keys() == case.model.state_dict().keys()
+    yield removed, case.model
+
+
+def replay(case: Case) -> Pairs:
+    """A plan says what `transform` does, and does it again, by way of JSON."""
+    plan = se_fx.plan(case.model, **case.planning)
+    assert plan.sites == se_fx.Plan.of(case.result).sites
+    if not plan.callables:
+        plan = se_fx.Plan.from_dict(json.loads(json.dumps(plan.to_dict())))
+    yield transform(case.model, plan, seed=case.options.get("seed")), case.result
+
+
+def deep_copy(case: Case) -> Pairs:
+    """`copy.deepcopy` works where it does on the original, and shares nothing."""
     try:
-        result = se_fx.transform(model, init="identity", **options, placement=placement)
-    except se_fx.SqueezeExciteError as error:
-        assert "no such place" in str(error) and placement != "conv"  # noqa: PT017, PT018
+        copy.deepcopy(case.model)
+    except RuntimeError:
         return
-    options["placement"] = placement
+    copied = copy.deepcopy(case.result)
+    assert copied.state_dict().keys() == case.result.state_dict().keys()
+    assert not {id(tensor) for tensor in copied.parameters()} & {id(tensor) for tensor in case.result.parameters()}
+    yield copied, case.result
 
-    new_state = result.state_dict(keep_vars=True)
-    assert all(new_state[key] is value for key, value in model.state_dict(keep_vars=True).items())
-    assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
-    assert all("squeeze_excite" in key.split(".") for key in new_state.keys() - state.keys())
-    twice = se_fx.transform(result, init="identity", **options)
-    assert twice.state_dict().keys() == new_state.keys()
-    removed = se_fx.remove(result)
-    assert type(removed) is Network
-    plan = se_fx.Plan.from_dict(json.loads(json.dumps(se_fx.plan(model, init="identity", **options).to_dict())))
-    replayed = se_fx.transform(model, plan)
 
-    x = torch.randn(batch, 3, 6, 6, dtype=dtype).to(memory_format=layout)
-    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    copies = [copy.deepcopy(result), pickle.loads(pickle.dumps(result))]
-    for training in (True, False) if batch > 1 else (False,):  # norms need more than one value
-        expected = run(model, x, training, buffers)
-        for each in (result, twice, removed, replayed, *copies):
-            assert same(run(each, x, training, buffers), expected)
+def pickled(case: Case) -> Pairs:
+    """`pickle` works where it does on the original."""
+    try:
+        pickle.dumps(case.model)
+    except (RuntimeError, AttributeError):
+        return
+    loaded = pickle.loads(pickle.dumps(case.result))
+    assert loaded.state_dict().keys() == case.result.state_dict().keys()
+    yield loaded, case.result
+    yield se_fx.remove(loaded), case.model
 
-    if dtype == torch.float64:  # where sums in another order agree to 12 digits
-        for each in (result, se_fx.transform(model, **options)):
-            expected = run(each, x, False, buffers)
-            found = run(se_fx.optimize_for_inference(each), x, False, {})
-            torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-11)
 
-    real = torch.randn(2, 3, 6, 6, dtype=dtype)
-    with FlopCounterMode(display=False) as counter:
-        run(result, real, False, buffers)
-    report = se_fx.report(result, real)
+def in_place(case: Case) -> Pairs:
+    """`apply_squeeze_excite` keeps class, keys and Parameter objects; each new parameter is in one group of one optimizer."""
+    model = case.recipe.network()
+    parameters, keys = list(model.parameters()), model.state_dict().keys()
+    tensors = model.state_dict(keep_vars=True)
+    half = len(parameters) // 2 or 1
+    optimizers = [torch.optim.SGD(parameters[:half], 0.1, momentum=0.9), torch.optim.AdamW(parameters[half:] or parameters[:0])]
+    for _ in range(2):  # the second time, nothing more
+        se_fx.apply_squeeze_excite(model, 2, case.options["min_channels"], optimizers, seed=case.options.get("seed"))
+    assert type(model) is type(case.model)
+    assert all(model.state_dict(keep_vars=True)[key] is tensor for key, tensor in tensors.items())
+    assert is_new(model.state_dict().keys() - keys)
+    joined = [p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
+    assert sorted(map(id, joined)) == sorted(map(id, model.parameters()))
+    new = [model.get_submodule(f"{site.name}.squeeze_excite") for site in se_fx.report(model).sites]
+    removed = se_fx.remove(model)
+    for block in new:  # gates of 2 * sigmoid(0)
+        block.gate_scale = 2.0
+        nn.init.zeros_(block.fc2.weight)
+    yield model, case.model
+    yield removed, case.model
+
+
+def reports(case: Case) -> Pairs:
+    """Reports are made, with and without example inputs, and are JSON."""
+    report = se_fx.report(case.result)
+    json.dumps(report.to_dict())
+    assert all(site.name in str(report) for site in report.sites)
+    assert str(se_fx.suggest(case.model))
+    yield from ()
+
+
+def costs(case: Case) -> Pairs:
+    """MACs are what PyTorch counts, to the last digit."""
+    result, (args, kwargs) = case.anew(), case.recipe.arguments()
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        result.eval()(*args, **kwargs)
+    report = se_fx.report(result, args or kwargs)
     assert 2 * (report.base.macs + report.added.macs) == counter.get_total_flops()
+    json.dumps(report.to_dict())
+    assert str(report)
+    yield from ()
+
+
+def costs_before(case: Case) -> Pairs:
+    """A plan's costs are the result's."""
+    args, kwargs = case.recipe.arguments()
+    example = args or kwargs
+    plan = se_fx.plan(case.model, example_inputs=example, **case.planning)
+    result = transform(case.model, example_inputs=example, **case.options)
+    made = se_fx.Plan.of(result)
+    assert (made.sites, made.base, made.skipped, made.measured) == (plan.sites, plan.base, plan.skipped, True)
+    yield result, case.result
+
+
+def inference(case: Case) -> Pairs:
+    """An optimised model's outputs are close: in float64, where sums in another order agree to 12 digits."""
+    recipe = dataclasses.replace(case.recipe, dtype=torch.float64)
+    result = transform(recipe.network(), **case.options).eval()
+    optimized = se_fx.optimize_for_inference(result)
+    assert str(se_fx.report(optimized))
+    (expected, _), (found, _) = (called(model, recipe) for model in (result, optimized))
+    assert len(expected) == len(found)
+    for a, b in zip(expected, found, strict=True):
+        if isinstance(a, Tensor):
+            torch.testing.assert_close(b, a, rtol=1e-9, atol=1e-11, equal_nan=True)
+        else:
+            assert a == b
+    yield from ()
+
+
+def gradients(case: Case) -> Pairs:
+    """Where the original trains, so does the result: at identity, with the same gradients of the original's parameters."""
+    expected, found = (gradients_of(model, case.recipe) for model in (case.recipe.network(), case.anew()))
+    if isinstance(expected, dict):
+        assert isinstance(found, dict), found
+        for name, gradient in expected.items() if case.is_identity else ():
+            assert equal(found[name], gradient), (name, found[name], gradient)
+    yield from ()
+
+
+FIRST = [again, removal, replay, deep_copy, pickled, in_place]
+SECOND = [costs, costs_before, inference, gradients, reports]
+
+
+# ----------------------------------------------------------------------------------------------------------------- tests
+@settings(deadline=None)
+@given(recipe=recipes, options=options, promises=st.sets(st.sampled_from(FIRST), min_size=2, max_size=3))
+def test_identity_copies_plans_and_removal(recipe: Recipe, options: dict[str, Any], promises: set[Callable]) -> None:
+    holds(recipe, options, promises)
+
+
+@settings(deadline=None)
+@given(recipe=recipes, options=options, promise=st.sampled_from(SECOND))
+def test_costs_inference_and_training(recipe: Recipe, options: dict[str, Any], promise: Callable) -> None:
+    holds(recipe, options, [promise])
+
+
+def holds(recipe: Recipe, options: dict[str, Any], promises: Iterable[Callable[[Case], Pairs]]) -> None:
+    """Transform leaves its input alone, changes nothing at identity, and the `promises` hold."""
+    with mock.patch.dict(blocks.BLOCKS, {"scales": Scales}):
+        model = recipe.network()
+        before = description(model)
+        try:
+            result = transform(model, **options)
+        except se_fx.SqueezeExciteError as error:
+            assert any(words in str(error) for words in ("no such place", "matches no Conv2d")), error  # noqa: PT017
+            event("refused")
+            assert description(model) == before
+            return
+        assert description(model) == before
+        note(recipe, result)
+        assert_same_tensors(result, model)
+        assert is_new(result.state_dict().keys() - model.state_dict().keys())
+        case = Case(recipe, options, model, result)
+        pairs = [pair for promise in promises for pair in promise(case)]
+        if case.is_identity:
+            pairs.append((result, model))
+        start = {name: buffer.clone() for name, buffer in model.named_buffers()}
+        outputs: dict[nn.Module, Any] = {}
+        for pair in pairs:
+            for each in pair:
+                if each not in outputs:
+                    outputs[each] = behaviour(each, recipe, start)
+            assert_equal(*(outputs[each] for each in pair))
+
+
+# --------------------------------------------------------------------------------------------------------------- helpers
+def behaviour(model: nn.Module, recipe: Recipe, start: dict[str, Tensor]) -> list[Any]:
+    """What a network returns or raises in both modes, what it does to its arguments, and its buffers afterwards."""
+    seen = []
+    buffers = {name: buffer for name, buffer in model.named_buffers() if name in start}
+    with torch.no_grad():
+        for name, buffer in buffers.items():
+            buffer.copy_(start[name])
+        for training in (True, False):
+            outputs, given = called(model.train(training), recipe)
+            seen += [*outputs, *given]
+    return [*seen, *flat({name: buffer.clone() for name, buffer in buffers.items()})]
+
+
+def called(model: nn.Module, recipe: Recipe) -> tuple[list[Any], list[Any]]:
+    """What a call returns or raises, and its arguments afterwards, as flat lists; and which tensors share memory."""
+    torch.manual_seed(1)
+    arguments = recipe.arguments()
+    try:
+        outputs = flat(model(*arguments[0], **arguments[1]))
+    except Exception as error:
+        outputs = [type(error), str(error)]
+    given = flat(arguments)
+    memory = [each.untyped_storage().data_ptr() for each in (*outputs, *given) if isinstance(each, Tensor) and each.numel()]
+    return [*outputs, *(memory.index(pointer) for pointer in memory)], given
+
+
+def flat(value: Any) -> list[Any]:
+    """The leaves of nested containers, dataclasses included, and the containers' classes."""
+    if dataclasses.is_dataclass(value):
+        return [type(value), *flat(vars(value))]
+    if isinstance(value, dict):
+        return [type(value), *value, *(leaf for item in value.values() for leaf in flat(item))]
+    if isinstance(value, (tuple, list)):
+        return [type(value), *(leaf for item in value for leaf in flat(item))]
+    return [value]
+
+
+def equal(a: Any, b: Any) -> bool:
+    """Whether two leaves are the same: tensors bitwise, and in the same layout; NaNs are alike."""
+    if not isinstance(a, Tensor) or not isinstance(b, Tensor):
+        return type(a) is type(b) and bool(a == b)
+    return kind(a) == kind(b) and (torch.equal(a, b) or torch.equal(a.nan_to_num(1e4), b.nan_to_num(1e4)))
+
+
+def kind(tensor: Tensor) -> tuple[Any, ...]:
+    strides = [stride for stride, size in zip(tensor.stride(), tensor.shape, strict=True) if size > 1 and tensor.numel()]
+    return tensor.dtype, tensor.device, tensor.shape, strides
+
+
+def assert_equal(found: list[Any], expected: list[Any]) -> None:
+    assert len(found) == len(expected), (found, expected)
+    for a, b in zip(found, expected, strict=True):
+        assert equal(a, b), (a, b)
+
+
+def assert_same_tensors(found: nn.Module, expected: nn.Module) -> None:
+    tensors = found.state_dict(keep_vars=True)
+    assert all(tensors[key] is value for key, value in expected.state_dict(keep_vars=True).items())
+
+
+def is_new(keys: Iterable[str]) -> bool:
+    return all("squeeze_excite" in key.split(".") for key in keys)
+
+
+def description(model: nn.Module) -> list[Any]:
+    """All of a model that a transform could change by mistake."""
+    modules = [(name, type(m), m.training, len(m._forward_hooks), *map(str, m.__dict__)) for name, m in model.named_modules()]
+    return [modules, [(key, t._version, t.requires_grad) for key, t in model.state_dict(keep_vars=True).items()]]
+
+
+def gradients_of(model: nn.Module, recipe: Recipe) -> dict[str, Tensor | None] | str:
+    """The gradients of a sum over all outputs in training mode, or why there are none."""
+    torch.manual_seed(1)
+    args, kwargs = recipe.arguments()
+    try:
+        outputs = flat(model.train()(*args, **kwargs))
+        sum(leaf.square().sum() for leaf in outputs if isinstance(leaf, Tensor) and leaf.requires_grad).backward()
+    except (RuntimeError, AttributeError) as error:
+        return str(error)
+    return {name: parameter.grad for name, parameter in model.named_parameters()}
+
+
+def note(recipe: Recipe, result: nn.Module) -> None:
+    """For the statistics: what was drawn."""
+    report = se_fx.report(result)
+    event("whole" if isinstance(result, fx.GraphModule) and not report.opaque else "split in regions")
+    event(f"sites: {len(report.sites)}")
+    for field in ("dtype", "input", "output", "batch"):
+        event(f"{field}: {getattr(recipe, field)}")
