@@ -194,6 +194,7 @@ def _shape_after(module: nn.Module, shape: tuple[int, ...]) -> tuple[int, ...] |
     A call may fail for reasons that aren't the module's: it is made on fake tensors.
     """
     try:
-        return measure(module, torch.empty(shape, device="meta"), {"": ""}).shapes.get("", ())
+        image = torch.empty(shape, device="meta", dtype=next((p.dtype for p in module.parameters()), None))
+        return measure(module, image, {"": ""}).shapes.get("", ())
     except SqueezeExciteError:
         return None
