@@ -93,6 +93,10 @@ def shift_with_keywords(module: nn.Module, args: Any, kwargs: Any) -> Any:
     return ((args[0] + 1, *args[1:]), kwargs) if args else (args, {**kwargs, "x": kwargs["x"] + 1})
 
 
+def in_a_list(module: nn.Module, args: Any, output: Any) -> Any:
+    return [output]
+
+
 HOOKS = {
     "forward hook": ("register_forward_hook", double),
     "forward hook, kwargs": ("register_forward_hook", double_with_keywords),
@@ -402,11 +406,11 @@ class Network(nn.Module):
 
     def __init__(self, body: list[nn.Module], output: str) -> None:
         super().__init__()
-        self.stem, self.body, self.output = nn.Conv2d(3, WIDTH, 3, padding=1), nn.Sequential(*body), output
-        self.head = nn.Conv2d(WIDTH, 6, 1)
+        self.stem, self.norm, self.head = nn.Conv2d(3, WIDTH, 3, padding=1), nn.BatchNorm2d(WIDTH), nn.Conv2d(WIDTH, 6, 1)
+        self.body, self.output = nn.Sequential(*body), output
 
     def run(self, image: Tensor, given: Any) -> Any:
-        return OUTPUTS[self.output](self.head(self.body(self.stem(image))), given)
+        return OUTPUTS[self.output](self.head(self.body(self.norm(self.stem(image)))), given)
 
     def forward(self, x: Tensor) -> Any:
         return self.run(x, x)
@@ -495,13 +499,15 @@ class Recipe:
     dtype: torch.dtype = torch.float32
     layout: torch.memory_format = torch.contiguous_format
     batch: int = 3
-    hook: str | None = None
+    hooked: str = ""
 
     def network(self) -> nn.Module:
         torch.manual_seed(0)
         shared = {"shared": conv(1)}
         net = INPUTS[self.input][0]([grow(tree, shared) for tree in self.body], self.output)
-        if self.hook is not None:
+        if self.hooked == "network":
+            net.register_forward_hook(in_a_list)
+        if self.hooked == "body":
             net.body.register_forward_hook(double)
         for module in net.to(self.dtype).modules():
             if isinstance(module, nn.Conv2d):
@@ -524,14 +530,15 @@ def grow(tree: Tree, shared: dict[str, nn.Module]) -> nn.Module:
     return Code(tree.removeprefix("code: ")) if tree.startswith("code: ") else {**LAYERS, **DOWN}[tree]()
 
 
-leaves = st.sampled_from(["shared", *LAYERS, *(f"code: {name}" for name in CODE)])
+leaves = st.sampled_from([*LAYERS, "shared", "shared", *(f"code: {name}" for name in CODE)])
 trees = st.recursive(leaves, lambda inner: st.tuples(st.sampled_from(list(AROUND)), inner, inner), max_leaves=5)
 recipes = st.builds(
     Recipe,
-    body=st.lists(trees | trees | trees | st.sampled_from(list(DOWN)), max_size=4),
+    body=st.lists(trees | trees | trees | st.sampled_from(list(DOWN)), min_size=2, max_size=5),
     input=st.sampled_from(list(INPUTS)),
     output=st.sampled_from(list(OUTPUTS)),
     dtype=st.sampled_from([torch.float32, torch.float64, torch.bfloat16, torch.float16]),
     layout=st.sampled_from([torch.contiguous_format, torch.channels_last]),
     batch=st.sampled_from([3, 1, 0]),
+    hooked=st.sampled_from(["", "", "body", "network"]),
 )
