@@ -291,7 +291,7 @@ def test_a_model_that_needs_values_is_run_for_real() -> None:
 
         def forward(self, x: Tensor) -> Tensor:
             y = self.bn(self.conv(x))
-            return y[y > 0] if float(y.sum()) > 0 else y[y < 0]
+            return y[y > 0] if y.sum().item() > 0 else y[y < 0]
 
     model = NeedsValues()
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}

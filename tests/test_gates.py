@@ -38,8 +38,8 @@ def test_means_and_spreads_by_hand(cnn: nn.Module) -> None:
         # Sums in float64 of float32 gates, by another formula.
         torch.testing.assert_close(site.channel_means, gates.mean(0), rtol=1e-6, atol=1e-7)
         torch.testing.assert_close(site.channel_spreads, gates.std(0, correction=0), rtol=1e-4, atol=1e-6)
-        assert site.mean == pytest.approx(float(gates.mean()), rel=1e-6)
-        assert site.spread_over_channels == pytest.approx(float(gates.mean(0).std(correction=0)), rel=1e-4)
+        assert site.mean == pytest.approx(gates.mean().item(), rel=1e-6)
+        assert site.spread_over_channels == pytest.approx(gates.mean(0).std(correction=0).item(), rel=1e-4)
         assert site.spread_over_classes is None
     assert [site.name for site in profile.sites] == ["0", "3"]
 
