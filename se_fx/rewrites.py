@@ -162,7 +162,7 @@ def hoist_squeezes(algebra: Algebra) -> Iterator[Change]:
         widths = [algebra.maps[value], *(algebra.maps[affine.source] for _, affine in stages)]
         upstream = widths.index(min(widths))
         if not upstream:
-            reason = f"its convolution reads {min(widths[1:])} channels, no fewer" if stages else f"{stop} stands before it"
+            reason = f"its convolution reads {min(widths[1:])} channels, no fewer" if stages else stop
             yield Change(_place(value), False, reason)
             continue
         first, composed = stages[upstream - 1]
@@ -188,15 +188,17 @@ def hoist_squeezes(algebra: Algebra) -> Iterator[Change]:
 
 
 def _affine_stages(algebra: Algebra, value: fx.Node, reader: fx.Node) -> tuple[list[tuple[fx.Node, Affine]], str]:
-    """The affine maps of channels that `value` comes from, the last one first, and what stands before them."""
+    """The affine maps of channels that `value` comes from, the last one first, and why there are no more."""
     stages: list[tuple[fx.Node, Affine]] = []
     while not algebra.is_written(value, reader):
         affine = algebra.affine(value)
-        if affine is None or affine.source not in algebra.maps:
-            return stages, _described(value, algebra)
+        if affine is None:
+            return stages, f"{_described(value, algebra)} stands before it"
+        if affine.source not in algebra.maps:
+            return stages, f"{_described(value, algebra)} reads what need not be (N, C, H, W), such as the model's own input"
         stages.append((value, affine))
         value, reader = affine.source, value
-    return stages, "a change in place"
+    return stages, "a change in place stands before it"
 
 
 def _composed(outer: Affine, inner: Affine) -> Affine:

@@ -170,6 +170,19 @@ def test_what_stands_between_decides(case: str, style: str) -> None:
     assert_same(fast(x), model(x))
 
 
+@pytest.mark.parametrize(
+    ("layers", "reason"),
+    [
+        ([nn.Conv2d(NARROW, WIDE, 1)], "(before.0) reads what need not be (N, C, H, W), such as the model's own input"),
+        ([nn.Conv2d(NARROW, WIDE, 3, padding=1)], "a 3x3 convolution of stride 1 (before.0) stands before it"),
+        ([nn.Conv2d(NARROW, WIDE, 1), nn.ReLU()], "ReLU (before.1) stands before it"),
+    ],
+)
+def test_a_squeeze_that_stays_says_why(layers: list[nn.Module], reason: str) -> None:
+    (step,) = se_fx.report(se_fx.optimize_for_inference(settled(Excited(layers, "ours")), rewrites=["hoist_squeezes"])).steps
+    assert [change.detail for change in step.changes if not change.applied and change.detail.endswith(reason)]
+
+
 def test_a_norm_in_training_mode_stays() -> None:
     model = settled(Excited([nn.Conv2d(NARROW, NARROW, 1), nn.Conv2d(NARROW, WIDE, 1), nn.BatchNorm2d(WIDE)], "ours"))
     model.before[2].train()
