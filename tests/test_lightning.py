@@ -405,6 +405,7 @@ def test_the_other_packages_trainer(tmp_path: Path) -> None:
         ({"min_channels": 0}, "min_channels=0: "),
         ({"latent": 3}, "latent: there is no such option"),
         ({"where": "layer9.*"}, "where"),
+        ({"placement": "residual", "min_channels": 1}, "placement='residual': the graphs of Small have no such place"),
         ({"plan": {"version": 1}}, "plan=dict: expected a Plan"),
     ],
 )

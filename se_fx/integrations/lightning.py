@@ -172,7 +172,8 @@ def _plan_of(module: nn.Module) -> se_fx.Plan | None:
 
 def _insert(module: LightningModule, options: Mapping[str, Any]) -> str:
     """Replace the children of `module` that hold convs by rewritten ones; the report of that."""
-    children = _Children() if _needs_graphs(options) else nn.Module()
+    kind = type(module).__name__
+    children = type(kind, (_Children if _needs_graphs(options) else nn.Module,), {})()  # errors name the LightningModule
     in_place = rewritten_before = _is_rewritten(module)  # by apply_squeeze_excite
     for name, child in module._modules.items():
         if in_place or _is_rewritten(child):
@@ -181,7 +182,6 @@ def _insert(module: LightningModule, options: Mapping[str, Any]) -> str:
         parts = () if isinstance(child, (Metric, MetricCollection, type(None))) else child.modules()
         if any(isinstance(part, nn.Conv2d) for part in parts):
             children.add_module(name, child)
-    kind = type(module).__name__
     if not children._modules and rewritten_before:
         module.__dict__[_PLAN] = se_fx.Plan(())
         return f"{kind}: its networks are rewritten already; no block was inserted."
