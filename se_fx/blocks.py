@@ -34,8 +34,8 @@ def latent_width(latent_channels: float, channels: int) -> int:
         channels: channels of the feature map.
 
     Raises:
-        SqueezeExciteError: `latent_channels` is neither, or wider than 1024 and than four times the channels. That is more
-            than any block has a use for, and keeps the memory that a plan from elsewhere can ask for near the model's own.
+        SqueezeExciteError: `latent_channels` is neither, or wider than both 1024 and four times the channels. No block has a
+            use for more, and so there is a bound to the memory that a plan from elsewhere can ask for.
 
     >>> latent_width(64, 512), latent_width(1 / 16, 512), latent_width(1 / 16, 8)
     (64, 32, 1)

@@ -34,6 +34,7 @@ __all__ = [
 ]
 
 _VERSION = 1
+MOST_SITES = 2**16  # more than any network has; a plan from elsewhere may say it has any number
 _ATTRIBUTE = "_squeeze_excite_plan"  # of a rewritten model
 
 #: The caller's own policies, blocks, gates and activations, by field of `Site` and the name it has there.
@@ -117,10 +118,10 @@ class Plan:
 
     def __post_init__(self) -> None:
         if not isinstance(self.sites, tuple) or not all(isinstance(site, Site) for site in self.sites):
-            raise SqueezeExciteError(f"sites={shown(self.sites)}: expected a tuple of Sites")
+            raise SqueezeExciteError(f"plan's sites={shown(self.sites)}: expected a tuple of Sites")
         twice = next((name for name, count in Counter(site.name for site in self.sites).items() if count > 1), None)
         if twice is not None:
-            raise SqueezeExciteError(f"sites: expected each site once, and got {shown(twice)} twice")
+            raise SqueezeExciteError(f"plan's sites: expected each site once, and got {shown(twice)} twice")
 
     def __len__(self) -> int:
         return len(self.sites)
@@ -264,7 +265,7 @@ class Plan:
         add your own there to read plans that name them. Nothing in a plan is ever imported or run.
 
         Raises:
-            SqueezeExciteError: `data` is no such thing, from a later version, or has unknown names.
+            SqueezeExciteError: `data` is no such thing, from a later version, or has unknown names, or sizes that no block has.
         """
         version = data.get("version") if isinstance(data, Mapping) else None
         if type(version) is not int or version != _VERSION:
@@ -275,6 +276,8 @@ class Plan:
         sites = data.get("sites")
         if not isinstance(sites, list) or not all(isinstance(site, Mapping) for site in sites):
             raise SqueezeExciteError("plan['sites']: expected a list of sites, each a mapping")
+        if len(sites) > MOST_SITES:
+            raise SqueezeExciteError(f"plan['sites']: expected at most {MOST_SITES} sites, and got {len(sites)}")
         if set(data) != {"version", "sites"}:
             raise SqueezeExciteError(f"plan: expected the keys version and sites alone; got {shown(list(data))}")
         return cls(tuple(_site_from_dict(f"plan['sites'][{i}]", site) for i, site in enumerate(sites)))

@@ -190,7 +190,7 @@ def test_sites_the_inputs_do_not_reach_are_named() -> None:
 @pytest.mark.parametrize("name", [HOSTILE, '" onmouseover="alert(1)', "$x^2$", "{{ 7 * 7 }}", "卷积", "&amp;", "line\nbreak"])
 def test_names_are_text_whatever_they_hold(name: str) -> None:
     model = nn.Sequential(nn.ModuleDict({name: nn.Conv2d(3, 8, 1)})[name], nn.Conv2d(8, 8, 1))
-    sites = (Site(name, 8, 4, cost=Cost(64)), Site("b", 8, 4, placement=name, block=name))
+    sites = (Site(name, 8, 4, cost=Cost(64)), Site("b", 8, None, placement=name, block=name))
     skipped = (Skip(f"skipped.{name}", 8, name),)
     report = Report(name, sites, skipped, Cost(9), Cost(64), False, ((name, name),), (name,), (name,), ((name, 1),))
     harmless = Page(se_fx.html.render(se_fx.report(se_fx.transform(model, min_channels=1))))
