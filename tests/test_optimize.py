@@ -209,7 +209,7 @@ def test_modules_of_several_names() -> None:
     class Named(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.unused = nn.Linear(2, 2)
+            self.unused = nn.Sequential(nn.Linear(2, 2), nn.Sequential(nn.Sequential(nn.Linear(2, 2))))
             self.first, self.second = small(), nn.Sequential(nn.Conv2d(10, 4, 1), nn.BatchNorm2d(4))
             self.again, self.holder = self.second, nn.ModuleDict({"same": self.second, "conv": self.second[0]})
             self.table = nn.Parameter(torch.randn(4))
@@ -224,6 +224,52 @@ def test_modules_of_several_names() -> None:
     keys = fast.state_dict().keys()
     assert {"table", "second.0.weight"} <= keys
     assert not any("unused" in key or "running" in key for key in keys)
+    assert not any("unused" in name for name, _ in fast.named_modules())
+
+
+def test_places_within_code_that_is_no_graph_have_the_models_names() -> None:
+    class Branches(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = tiny()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.net(x) if x.sum() > 0 else -x
+
+    model, x = Branches().eval(), torch.rand(2, 3, 16, 16)
+    fast = se_fx.optimize_for_inference(model, x)
+    places = {step.rewrite: [change.place for change in step.changes] for step in se_fx.report(fast).steps}
+    assert places["fold_norms"] == ["net.1.bn1", "net.1.bn2", "net.1.bn3"]
+    assert places["hoist_squeezes"] == ["net.1.conv3_folded"]
+    assert_close(fast(x), model(x))
+    assert torch.equal(fast(-x), x)
+
+
+def test_what_does_nothing_in_eval_mode_is_taken_out_but_hooks_and_training_stay() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.Identity(), nn.Dropout(), nn.Identity(), nn.Dropout(1.0)).eval()
+    model[3].register_forward_hook(lambda module, args, output: output + 1)
+    model[4].train()
+    fast = se_fx.optimize_for_inference(model)
+    assert [node.target for node in fast.graph.nodes if node.op == "call_module"] == ["0", "3", "4"]
+    assert torch.equal(fast(torch.rand(1, 3, 4, 4)), torch.zeros(1, 8, 4, 4))
+
+
+@pytest.mark.parametrize("values", [lambda x: x[x > 0].mean(), lambda x: x.sum().item()], ids=["shapes", "numbers"])
+def test_graphs_that_need_values_are_counted_by_running_them(values) -> None:
+    class NeedsValues(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = tiny()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.net(x) * values(x)
+
+    model, x = NeedsValues().eval(), torch.rand(2, 3, 16, 16)
+    fast = se_fx.optimize_for_inference(model, x)
+    report = se_fx.report(fast)
+    assert report.opaque == ()
+    assert report.before - sum((step.saved for step in report.steps), se_fx.Cost()) == se_fx.cost.measure(fast, x).total
+    assert_close(fast(x), model(x))
 
 
 def test_gradients_of_inputs() -> None:
@@ -252,7 +298,9 @@ def test_what_was_done_is_reported() -> None:
     text = str(report)
     for part in ("layer4.0.conv3", "averages 512 channels instead of 2048", "bytes saved", "fold_norms"):
         assert part in text
-    assert "bytes saved" not in str(se_fx.report(se_fx.optimize_for_inference(model)))
+    uncounted = se_fx.report(se_fx.optimize_for_inference(model))
+    assert "bytes saved" not in str(uncounted)
+    assert (uncounted.before, {step.saved for step in uncounted.steps}) == (None, {None})
 
 
 # -------------------------------------------------------------------------------------------------- compiled and exported
