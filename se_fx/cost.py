@@ -200,7 +200,7 @@ class _Counting(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 # ------------------------------------------------------------------------------------------------------------------- rules
 def _read(args: Any, out: Any) -> int:
-    return max((t.numel() for t in tree_leaves(args) if isinstance(t, Tensor)), default=0)
+    return max(t.numel() for t in tree_leaves(args) if isinstance(t, Tensor))
 
 
 def _written(args: Any, out: Any) -> int:

@@ -38,6 +38,7 @@ def test_a_conv_by_hand() -> None:
     cost = measure(nn.Conv2d(3, 8, 3, bias=False), torch.zeros(2, 3, 6, 6)).total
     macs = 2 * 16 * 8 * 27
     assert cost == Cost(params=216, macs=macs, flops=2 * macs, bytes=4 * (216 + 216 + 256))
+    assert {type(count) for count in cost.astuple()} == {int}
 
 
 def test_a_grouped_strided_conv_and_relu_by_hand() -> None:
@@ -136,6 +137,7 @@ def test_what_only_moves_data_moves_bytes() -> None:
     assert measure(Call(torch.clone), x).total == Cost(bytes=4 * 96)
     assert measure(Call(lambda x: torch.cat([x, x])), x).operators == [Operator(flops=0, bytes=4 * 192, part=None)]
     assert measure(Call(lambda x: x.flatten(1).mT), x) == Measurement()
+    assert measure(Call(torch.Tensor.double), x).total == Cost(bytes=(4 + 8) * 48)
 
 
 def test_a_part_is_what_runs_in_a_module_its_hooks_included() -> None:
@@ -239,6 +241,8 @@ def test_operators_without_a_rule_are_listed() -> None:
             return torch.fft.rfft(torch.fft.rfft(x).real).real + torch.linalg.det(x)[..., None, None]
 
     assert measure(Model(), torch.zeros(1, 2, 4, 4)).uncounted == {"aten._fft_r2c": 2, "aten._linalg_det": 1}
+    total = measure(Call(torch.linalg.det), torch.zeros(4, 4)).total
+    assert (total.macs, total.flops) == (0, 0)
 
 
 @pytest.mark.parametrize(
