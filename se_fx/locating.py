@@ -20,16 +20,13 @@ from se_fx.plan import Callables, Plan, Site
 __all__ = ["a_parameter", "elsewhere", "locate", "new_block", "places", "policy_of", "spots_of"]
 
 
-def locate(
-    capture: Capture, plan: Plan, device: torch.device | None = None, made_on: torch.device | None = None
-) -> dict[str, list[Insertion]]:
+def locate(capture: Capture, plan: Plan, made_on: torch.device | None = None) -> dict[str, list[Insertion]]:
     """The insertions that `plan` means in a captured model, by region path, each with a new block.
 
     Args:
         capture: of the model, or of another of the same architecture.
         plan: the plan.
-        device: where the blocks' parameters go; by default, to their conv's device.
-        made_on: where their values are drawn; by default, where they go.
+        made_on: where the blocks' values are drawn; by default, on their conv's device.
 
     Raises:
         SqueezeExciteError: a site does not fit the model; names the first that doesn't.
@@ -37,7 +34,7 @@ def locate(
     insertions: dict[str, list[Insertion]] = {}
     for site, (region, conv, spots) in zip(plan.sites, places(capture, plan), strict=True):
         name = site.name[len(region.path) + 1 :] if region.path else site.name
-        block = new_block(site, plan.callables, conv, device, made_on)
+        block = new_block(site, plan.callables, conv, made_on)
         insertions.setdefault(region.path, []).append(Insertion(name, block, spots))
     return insertions
 
@@ -71,23 +68,23 @@ def new_block(
     site: Site,
     callables: Callables,
     conv: nn.Conv2d | None = None,
-    device: torch.device | None = None,
     made_on: torch.device | None = None,
 ) -> nn.Module:
-    """A block of the kind `site` says; with a conv, on its device (or the one given), of its dtype and in its mode.
+    """A block of the kind `site` says; with a conv, on its device, of its dtype and in its mode.
 
-    Its values are drawn on the device `made_on`, if that is given, and moved.
+    Its values are drawn on the device `made_on`, if that is given, and moved; those on the meta device have none.
 
     Raises:
         SqueezeExciteError: `site` names a function that isn't known here, or a factory makes no module.
     """
-    device = device or (None if conv is None else a_parameter(conv).device)
+    device = None if conv is None else a_parameter(conv).device
     dtype = None if conv is None else a_parameter(conv).dtype
     if site.block is None:
         assert site.latent_channels is not None
         activation = copy.deepcopy(callables.get(("activation", site.activation), site.activation))
         gate = copy.deepcopy(callables.get(("gate", site.gate), site.gate))
-        kind: dict[str, Any] = {"bias": site.bias, "init": site.init, "device": made_on or device, "dtype": dtype}
+        where = device if device is not None and device.type == "meta" else made_on or device
+        kind: dict[str, Any] = {"bias": site.bias, "init": site.init, "device": where, "dtype": dtype}
         block: Any = SqueezeExcite2d(site.channels, site.latent_channels, activation=activation, gate=gate, **kind)
     else:
         factory = callables.get(("block", site.block)) or BLOCKS.get(site.block)

@@ -6,7 +6,6 @@ import dataclasses
 from collections.abc import Iterable
 from typing import Any, cast
 
-import torch
 from torch import nn
 from torch.optim import Optimizer
 
@@ -141,6 +140,7 @@ def plan(
 
     With `example_inputs`, every site shows its spatial size and cost; nothing is computed for that.
 
+    >>> import torch
     >>> print(plan(nn.Sequential(nn.Conv2d(3, 256, 3), nn.ReLU()), example_inputs=torch.zeros(1, 3, 8, 8)))
     1 site, 0 Conv2d layers skipped
     conv      channels    hidden    spatial    parameters    MACs    of model
@@ -164,8 +164,8 @@ def plan(
     chosen = choose(captured, options)
     if example_inputs is None:
         return chosen
-    with drawing_from(0):  # for factories, which may draw whatever the device
-        insertions = locate(captured, chosen, device=torch.device("meta"))
+    with drawing_from(0) as made_on:  # with values: the model's code may branch on what the blocks return
+        insertions = locate(captured, chosen, made_on=made_on)
     trial = insert(captured, insertions)
     give_plan(trial, chosen)
     return _costed(trial, example_inputs)[0]

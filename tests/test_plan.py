@@ -319,6 +319,39 @@ def test_a_site_whose_conv_is_elsewhere_now_says_so() -> None:
         se_fx.transform(Plain(False), plan)
 
 
+class Factors(nn.Module):
+    """Another attention block."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(channels, 1, 1))
+
+    def forward(self, x):
+        return x * self.weight
+
+
+@pytest.mark.parametrize("options", [{"init": "identity"}, {"block": Factors}])
+def test_plans_go_the_way_that_values_behind_blocks_decide(options: dict) -> None:
+    class Branches(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.wide, self.narrow = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 3), nn.Conv2d(8, 8, 1)
+
+        def forward(self, x):
+            x = self.stem(x)
+            return self.wide(x) if x.sum() > 0 else self.narrow(x)
+
+    model = Branches()
+    nn.init.constant_(model.stem.weight, 0.1)
+    costs = []
+    for sign in (1, -1):
+        x = torch.full((1, 3, 8, 8), 1e3 * sign)
+        plan = se_fx.plan(model, example_inputs=x, min_channels=1, **options)
+        assert plan == Plan.of(se_fx.transform(model, example_inputs=x, min_channels=1, **options))
+        costs.append(plan.base.macs)
+    assert costs == [3 * 8 * 64 + 8 * 8 * 9 * 36, 3 * 8 * 64 + 8 * 8 * 64]
+
+
 # ---------------------------------------------------------------------------------------------------------------- suggest
 def test_suggestions_follow_the_method_card() -> None:
     large = se_fx.suggest(get_model("resnet50", weights=None), torch.zeros(1, 3, 64, 64))

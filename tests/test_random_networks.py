@@ -363,7 +363,7 @@ def gradients_of(model: nn.Module, recipe: Recipe) -> dict[str, Tensor | None] |
     try:
         outputs = flat(model.train()(*args, **kwargs))
         sum(leaf.square().sum() for leaf in outputs if isinstance(leaf, Tensor) and leaf.requires_grad).backward()
-    except (RuntimeError, AttributeError) as error:
+    except Exception as error:
         return str(error)
     return {name: parameter.grad for name, parameter in model.named_parameters()}
 
