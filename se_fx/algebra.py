@@ -145,12 +145,11 @@ class Algebra:
         return None
 
     def affine(self, node: fx.Node) -> Affine | None:
-        """The map of channels, the same at every position, that a node applies to a feature map."""
+        """The map of channels, the same at every position, that a node applies; what it reads need not be in `maps`."""
         conv = self.convolution(node)
         if conv is None:
             return self.normalization(node)
-        source = node.all_input_nodes[0]
-        return _pointwise(source, conv) if _is_pointwise(conv) and source in self.maps else None
+        return _pointwise(node.all_input_nodes[0], conv) if _is_pointwise(conv) else None
 
     def average(self, node: fx.Node) -> fx.Node | None:
         """The feature map, (N, C, H, W), that a node averages over all of H and W."""
