@@ -63,7 +63,8 @@ def transform(
             result carries show spatial sizes and costs. Nothing is computed on them, unless the model's code needs values.
         min_channels: a Conv2d gets a block where it has at least as many *output* channels; "auto" means 512, or
             the largest count there is, if that is less.
-        latent_channels: hidden width of the blocks (int >= 1), or a fraction in (0, 1) of the channels.
+        latent_channels: hidden width of the blocks (int >= 1), or a fraction in (0, 1) of the channels; at most four times
+            these, or 1024 where that is more.
         placement: where a block goes: directly after the conv ("conv"); after the norm that follows it ("norm"); at the
             end of each residual branch ("residual": the paper's SE); before the branch ("pre"), on the shortcut
             ("identity"), after the sum and its activation ("post"): the paper's variants; or a policy of your own, as
