@@ -38,13 +38,17 @@ def choose(capture: Capture, options: Options) -> Plan:
     there = plan_within(capture.model)
     convs = _convs(capture, there)
     if not convs:
-        raise SqueezeExciteError(f"model: {type(capture.model).__name__} has no nn.Conv2d for a block to follow")
+        raise SqueezeExciteError(
+            f"model: {type(capture.model).__name__} has no nn.Conv2d for a block to follow; calls of F.conv2d and "
+            "convolutions of one or three dimensions get none"
+        )
     spots = {name: spot for name, (_, spot, _) in spots_of(capture, policy_of(placement, names.callables)).items()}
     taken = {site.name for site in there.sites}
     if not spots and not taken:
         others = " or ".join(repr(name) for name, policy in PLACEMENTS.items() if spots_of(capture, policy))
         raise SqueezeExciteError(
-            f"placement={placement!r}: the graphs of {type(capture.model).__name__} have no such place; they have for {others}"
+            f"placement={placement!r}: the graphs of {type(capture.model).__name__} have no such place; "
+            + (f"they have for {others}" if others else "nor for any other, since they call no Conv2d")
         )
     attention = {
         region.qualified(name)

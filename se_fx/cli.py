@@ -107,7 +107,7 @@ def _tensors(path: str) -> Any:
     except Exception as error:
         raise SqueezeExciteError(
             f"--checkpoint {path}: expected a state_dict that torch.save has written: pickled models, which are code, are "
-            f"never loaded ({type(error).__name__})"
+            f"never loaded; save model.state_dict() ({type(error).__name__})"
         ) from error
 
 
@@ -115,7 +115,7 @@ def _bench(arguments: argparse.Namespace) -> Outcome:
     device = as_device(arguments.device)
     model = load_model(arguments.model, meta=False).to(device)
     rewritten = se_fx.transform(model, _chosen(model, arguments))
-    with blaming("--input"):
+    with blaming("--input: no tensor of this shape can be made"):
         inputs = torch.zeros(arguments.input or (1, 3, 224, 224), device=device)
     result = se_fx.bench(
         rewritten,

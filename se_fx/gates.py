@@ -113,7 +113,7 @@ class GateProfile:
         file = as_path("path", path)
         sites = [site for site in self.sites if site.samples]
         if not sites:
-            raise SqueezeExciteError("plot: no site of this profile was reached by any sample")
+            raise SqueezeExciteError("plot: no site of this profile was reached by any sample; profile batches that reach them")
         try:
             from matplotlib.figure import Figure
         except ImportError as error:
@@ -164,7 +164,9 @@ def profile_gates(rewritten: nn.Module, batches: Iterable[Any], *, progress: boo
     own = {name: rewritten.get_submodule(path) for name, path in blocks.items()}
     sums = {site.name: _Sums(site.channels) for site in plan.sites if isinstance(own[site.name], SqueezeExcite2d)}
     if not sums:
-        raise SqueezeExciteError("rewritten: it has no block of se_fx's own; gates of other blocks can't be told")
+        raise SqueezeExciteError(
+            "rewritten: it has no block of se_fx's own, and gates of others can't be told; transform without block="
+        )
     given = as_batches(batches, "batches")
     total, count = len(given) if isinstance(given, Sized) else None, 0
     with _evaluating(rewritten), progress_bar("gates", "batch", total, progress) as tick:
@@ -241,7 +243,9 @@ def _watched(blocks: Mapping[str, nn.Module], sums: Mapping[str, _Sums], labels:
             gates = gates if gates.ndim == 2 else gates[None]  # unbatched
             fits = labels if labels is not None and len(labels) == len(gates) else None
             if labels is not None and fits is None:
-                raise SqueezeExciteError(f"batches: {len(labels)} labels came with gates of {len(gates)} samples at {name!r}")
+                raise SqueezeExciteError(
+                    f"batches: {len(labels)} labels came with gates of {len(gates)} samples at {name!r}; expected as many"
+                )
             sums[name].add(gates, fits)
 
         return add

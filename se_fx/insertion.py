@@ -62,7 +62,9 @@ class InsertBlocks(PassBase):
         for target, _, spot in self.blocks:
             for node in (*spot.nodes, *(spot.readers or ())):
                 if node not in present:
-                    raise SqueezeExciteError(f"block {target!r}: the node {node.name!r} is not in this graph")
+                    raise SqueezeExciteError(
+                        f"block {target!r}: the node {node.name!r} is not in this graph, of which spots must be"
+                    )
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
         """Edit `graph_module` in place."""

@@ -81,7 +81,7 @@ def _from_module(source: str, name: str, spec: str) -> nn.Module:
         sys.path.remove("")
     factory = getattr(module, name, None)
     if factory is None:
-        raise SqueezeExciteError(f"MODEL {spec!r}: {source} has no {name!r}")
+        raise SqueezeExciteError(f"MODEL {spec!r}: {source} has no {name!r}; expected package.module:callable")
     with blaming(f"MODEL {spec!r}: calling it failed"):
         model = factory if isinstance(factory, nn.Module) else factory()
     if not isinstance(model, nn.Module):

@@ -72,7 +72,9 @@ class Options:
         SqueezeExcite2d(MOST_CHANNELS, **self._of_squeeze_excite(), device="meta")  # checks the rest
         changed = [name for name in _OF_SQUEEZE_EXCITE if getattr(self, name) != _DEFAULTS[name]]
         if self.block is not None and changed:
-            raise SqueezeExciteError(f"{changed[0]}: is for se_fx's own block, and block={self.block!r} makes another one")
+            raise SqueezeExciteError(
+                f"{changed[0]}: is for se_fx's own block, and not for block={shown(self.block)}: leave it out"
+            )
         self._check_overrides()
 
     def of(self, name: str) -> Options:

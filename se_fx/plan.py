@@ -57,6 +57,9 @@ class Site:
         block: the factory of the block; None for se_fx's own.
         spatial: (H, W) of the scaled value; None unless measured on example inputs, or never reached by them.
         cost: what the block adds for the example inputs; without them, its parameters alone.
+
+    Raises:
+        SqueezeExciteError: a value is of another type, out of bounds, or wider than any block is made.
     """
 
     name: str
@@ -106,6 +109,9 @@ class Plan:
         base: cost of the model itself; its parameters alone without example inputs. Not saved.
         measured: whether costs were counted on example inputs.
         callables: the caller's own functions that sites name. Not saved, nor pickled.
+
+    Raises:
+        SqueezeExciteError: `sites` are no tuple of sites, or have a name twice.
     """
 
     sites: tuple[Site, ...]
@@ -140,7 +146,7 @@ class Plan:
         if found is None:
             kind, inner = type(rewritten).__name__, getattr(rewritten, "module", None)
             advice = "pass its .module" if isinstance(inner, nn.Module) and plan_of(inner) else "call se_fx.transform first"
-            raise SqueezeExciteError(f"expected a model that se_fx has rewritten, and got {kind}; {advice}")
+            raise SqueezeExciteError(f"rewritten: expected a model that se_fx has rewritten, and got {kind}; {advice}")
         return found
 
     @property

@@ -225,7 +225,7 @@ ROWS: list[Row] = [
         (lambda channels: None, "it made a NoneType"),
         (lambda channels: nn.Conv2d(channels, 4, 1), "at '0', (1, 4, 64, 64) comes instead of (1, 8, 64, 64)"),
         (lambda channels: nn.AvgPool2d(2), "returns a tensor of its input's shape"),
-        (Together(block=nn.Identity, init="identity"), "init: is for se_fx's own block, and block="),
+        (Together(block=nn.Identity, init="identity"), "init: is for se_fx's own block, and not for block="),
     ),
     *rows(
         TRANSFORMS,

@@ -417,6 +417,17 @@ def test_bad_options_change_nothing(tmp_path: Path, options: dict[str, Any], mes
     assert dict(module.named_children()) == children
 
 
+@pytest.mark.parametrize("checkpoint", [3, None, {"callbacks": 3}, {"callbacks": {"SqueezeExcite": {"plan": 3}}}])
+def test_checkpoints_that_are_none(checkpoint: Any) -> None:
+    plain, rewritten = Small(), Small()
+    SqueezeExcite(**OPTIONS).rewrite(rewritten)
+    for module in (plain, rewritten):
+        keys = list(module.state_dict())
+        with pytest.raises(SqueezeExciteError, match="checkpoint|plan"):
+            SqueezeExcite.restore(module, checkpoint)
+        assert list(module.state_dict()) == keys
+
+
 def test_spawned_processes_need_a_module_that_is_rewritten_before(tmp_path: Path) -> None:
     callback, module = SqueezeExcite(**OPTIONS), Small()
     spawning = trainer(tmp_path, callback, strategy="ddp_spawn", devices=2)

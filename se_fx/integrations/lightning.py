@@ -80,9 +80,13 @@ class SqueezeExcite(Callback):
             checkpoint: a checkpoint of Lightning's, as `torch.load` returns it.
 
         Raises:
-            SqueezeExciteError: the module has other blocks already, or is not the one the checkpoint was made with.
+            SqueezeExciteError: `checkpoint` is none, the module has other blocks already, or is not the one the checkpoint was
+                made with.
         """
-        state = checkpoint.get("callbacks", {}).get(SqueezeExcite.__qualname__)
+        callbacks = checkpoint.get("callbacks", {}) if isinstance(checkpoint, Mapping) else None
+        if not isinstance(callbacks, Mapping):
+            raise se_fx.SqueezeExciteError("checkpoint: expected a checkpoint of Lightning's, as torch.load returns it")
+        state = callbacks.get(SqueezeExcite.__qualname__)
         if state is None:
             return
         own = _plan_of(module)
@@ -243,7 +247,10 @@ def _block_shapes(state: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
 
 def _check_equal(saved: Mapping[str, Any], own: se_fx.Plan) -> None:
     """Plans are compared as saved: functions of the caller's, which they name, need not be in any table."""
-    before, now = ({site["name"]: site for site in plan["sites"]} for plan in (saved, own.to_dict()))
+    try:
+        before, now = ({site["name"]: site for site in plan["sites"]} for plan in (saved, own.to_dict()))
+    except (KeyError, TypeError) as error:
+        raise se_fx.SqueezeExciteError("checkpoint: the plan in it is none; was it saved with SqueezeExcite?") from error
     for name in {**before, **now}:
         was, is_now = before.get(name, {}), now.get(name, {})
         if was != is_now:
