@@ -240,6 +240,51 @@ def test_where_each_placement_scales(placement: str) -> None:
     assert torch.equal(gm(x), PLACED[placement](model, model.stem(x)))
 
 
+def doubled_widths(m: Unit, x: Tensor) -> Tensor:
+    x = x + m.b(F.relu(m.a(x)))
+    y = m.b(F.relu(m.a(x)))
+    return torch.cat([x, x], 1) + torch.cat([y, y], 1)
+
+
+#: Convs that get a block, by the placement and the code.
+CHOSEN = [
+    ("pre", lambda m, x: m.b(m.a(F.relu(x))) + x, ["b"]),
+    ("pre", lambda m, x: m.b(m.a(F.relu_(x))) + x, []),  # what the shortcut reads is changed by the branch
+    ("identity", lambda m, x: m.b(F.relu(m.a(x))).add_(x), ["b"]),
+    ("identity", lambda m, x: x.add_(m.b(F.relu(m.a(x)))), []),  # who reads x reads the sum
+    ("identity", lambda m, x: m.b(F.relu(m.a(x))).add(x), ["b"]),
+    ("norm", lambda m, x: F.group_norm(m.b(F.relu(m.norm(m.a(x)))), 2), ["a", "b"]),
+    ("norm", lambda m, x: m.a(F.relu(m.norm(m.a(x)))) + m.other(m.b(x)), ["b"]),  # the second call of `a` has none
+    ("norm", lambda m, x: F.instance_norm(x, weight=m.a(x).mean((0, 2, 3))), ["stem"]),
+    ("residual", doubled_widths, []),  # one block for two widths there can't be
+]
+
+
+@pytest.mark.parametrize(("placement", "unit", "convs"), CHOSEN)
+def test_which_convs_each_placement_chooses(placement: str, unit: Callable[[Unit, Tensor], Tensor], convs: list[str]) -> None:
+    model = Unit(unit)
+    if not convs:
+        with pytest.raises(se_fx.SqueezeExciteError, match="no such place"):
+            se_fx.plan(model, placement=placement, min_channels=1)
+        return
+    assert [site.name for site in se_fx.plan(model, placement=placement, min_channels=1).sites] == convs
+
+
+def test_the_width_of_what_a_branch_reads_is_the_convs_that_read_it() -> None:
+    class Bare(nn.Module):  # nothing tells the width of its input but the convs that read it
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Conv2d(8, 24, 1), nn.Conv2d(24, 8, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x + self.b(F.relu(self.a(x)))
+
+    model, x = Bare().eval(), torch.randn(2, 8, 5, 5)
+    once = se_fx.transform(model, placement="pre", block=Doubled, min_channels=1)
+    assert [(site.name, site.channels) for site in se_fx.Plan.of(once).sites] == [("b", 8)]
+    assert torch.equal(once(x), x + model.b(F.relu(model.a(2 * x))))
+
+
 def test_two_placements_on_one_value_follow_each_other_in_any_order() -> None:
     def two(m: Unit, x: Tensor) -> Tensor:
         x = F.relu(m.a(F.relu(m.stem_like(x))) + x)
