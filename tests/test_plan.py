@@ -179,6 +179,7 @@ def test_blocks_gates_and_policies_of_ones_own_are_saved_by_name(monkeypatch) ->
         plan = se_fx.plan(model, min_channels=1, **{option: value})
         name = getattr(plan.sites[0], option)
         data = json.loads(json.dumps(plan.to_dict()))
+        assert pickle.loads(pickle.dumps(plan)) == plan  # without the function, which is local
         with pytest.raises(SqueezeExciteError, match=f"{option}.*must be added to se_fx"):
             Plan.from_dict(data)
         monkeypatch.setitem(table, name, (lambda value=value: value) if option == "gate" else value)
@@ -239,7 +240,7 @@ head    post         own.Eca                 512         -          -           
 }
 
 
-@pytest.mark.parametrize("plan", PRINTED, ids=["no site", "parameters alone", "measured", "of other kinds"])
+@pytest.mark.parametrize("plan", PRINTED, ids=["no site", "parameters", "measured", "of other kinds"])
 def test_plans_print_as_tables(plan: Plan) -> None:
     assert str(plan) == PRINTED[plan].lstrip()
 
