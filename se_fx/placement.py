@@ -19,7 +19,7 @@ from dataclasses import dataclass
 
 from torch import fx, nn
 
-from se_fx.dataflow import Modules, called, changes_in_place, inserted, modules_of
+from se_fx.dataflow import Modules, called, changes_in_place, modules_of
 from se_fx.residual import Unit, activation_after, residual_units
 
 __all__ = ["ELSEWHERE", "PLACEMENTS", "Policy", "Spot", "conv", "identity", "norm", "post", "pre", "residual"]
@@ -92,7 +92,7 @@ def pre(graph: fx.Graph, root: nn.Module) -> Iterator[Spot]:
     def spots() -> Iterator[Spot]:
         for unit in residual_units(graph, root):
             readers = frozenset(user for user in unit.start.users if user in unit.branch)
-            width = unit.start_channels or _width_read(unit.start, readers, modules)
+            width = unit.start_channels or _width_read(readers, modules)
             # Changed in place, the plain value would reach the shortcut changed; scaled, unchanged.
             if width is not None and not any(changes_in_place(reader, modules) for reader in readers):
                 yield Spot(unit.conv, width, (unit.start,), readers)
@@ -121,16 +121,10 @@ def identity(graph: fx.Graph, root: nn.Module) -> Iterator[Spot]:
     )
 
 
-def _width_read(value: fx.Node, readers: Iterable[fx.Node], modules: Modules) -> int | None:
-    """The channels of a value by the convs that read it."""
-    for reader in readers:
-        module = called(reader, modules)
-        if isinstance(module, nn.Conv2d) and reader.args[:1] == (value,):
-            return module.in_channels
-        width = _width_read(reader, reader.users, modules) if inserted(reader, modules) else None
-        if width is not None:
-            return width
-    return None
+def _width_read(readers: Iterable[fx.Node], modules: Modules) -> int | None:
+    """The channels of a value by the convs among those that read it."""
+    convs = (called(reader, modules) for reader in readers)
+    return next((conv.in_channels for conv in convs if isinstance(conv, nn.Conv2d)), None)
 
 
 def _one_per_conv(spots: Iterable[Spot]) -> Iterator[Spot]:

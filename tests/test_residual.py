@@ -285,6 +285,13 @@ def test_the_width_of_what_a_branch_reads_is_the_convs_that_read_it() -> None:
     assert torch.equal(once(x), x + model.b(F.relu(model.a(2 * x))))
 
 
+def test_on_the_shortcut_others_read_the_plain_value() -> None:
+    model = Unit(lambda m, x: torch.cat([x, x + m.b(F.relu(m.a(x)))], 1)).eval()
+    gm = se_fx.transform(model, placement="identity", block=Doubled, min_channels=1)
+    s = model.stem(x := torch.randn(2, 3, 5, 5))
+    assert torch.equal(gm(x), torch.cat([s, 2 * s + model.b(F.relu(model.a(s)))], 1))
+
+
 def test_two_placements_on_one_value_follow_each_other_in_any_order() -> None:
     def two(m: Unit, x: Tensor) -> Tensor:
         x = F.relu(m.a(F.relu(m.stem_like(x))) + x)
