@@ -160,7 +160,7 @@ def _note_sizes(region: fx.GraphModule, call: Call) -> None:
         names = [str(node.target) for node in region.graph.nodes if node.op == "placeholder"]
         values = [*args, *(kwargs[name] for name in names[len(args) :] if name in kwargs)]
         with torch.no_grad():
-            _Sizes(fake, garbage_collect_values=False, graph=region.graph).run(*values)
+            _Sizes(fake).run(*values)  # a clone runs the graph of its original: notes are left there
 
 
 # --------------------------------------------------------------------------------------------------------------- assembly

@@ -272,6 +272,26 @@ def test_graphs_that_need_values_are_counted_by_running_them(values) -> None:
     assert_close(fast(x), model(x))
 
 
+def test_a_root_whose_class_overrides_methods_keeps_what_they_use() -> None:
+    class Frozen(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.norm = nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8)
+
+        def train(self, mode: bool = True) -> nn.Module:
+            super().train(mode)
+            self.norm.eval()
+            return self
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.norm(self.conv(x))
+
+    model, x = settled(Frozen()), torch.rand(1, 3, 4, 4)
+    fast = se_fx.optimize_for_inference(model)
+    assert applied(fast)["fold_norms"] == 1
+    assert_close(fast.eval()(x), model(x))
+
+
 def test_gradients_of_inputs() -> None:
     model = small()
     fast = se_fx.optimize_for_inference(model)
