@@ -894,6 +894,17 @@ def test_questions_and_side_effects_of_code(body) -> None:
     run_body(body, X)
 
 
+def test_code_that_goes_through_all_parameters_finds_the_blocks_among_them() -> None:
+    class Penalised(Model):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) + sum(p.square().sum() for p in self.parameters())
+
+    result = rewritten(Penalised())  # a limit: else optimizers wouldn't find them either
+    penalty = sum(p.square().sum() for p in result.parameters())
+    assert torch.equal(result(X), result.second(result.first(X)) + penalty)
+    assert any("squeeze_excite" in name for name, p in result.named_parameters() if p.any())
+
+
 def test_backward_passes_of_custom_functions_are_kept() -> None:
     result = run_body(BODIES[0], X)
     x = X.clone().requires_grad_()
