@@ -157,7 +157,7 @@ leaves = st.sampled_from([*LAYERS, "shared", "shared", *(f"code: {name}" for nam
 trees = st.recursive(leaves, lambda inner: st.tuples(st.sampled_from(list(AROUND)), inner, inner), max_leaves=5)
 recipes = st.builds(
     Recipe,
-    body=st.lists(st.one_of(*[trees] * 7, st.sampled_from(list(DOWN))), min_size=2, max_size=5),
+    body=st.lists(st.one_of(*[trees] * 7, st.sampled_from(list(DOWN))), min_size=1, max_size=4),
     input=st.sampled_from(list(INPUTS)),
     output=st.sampled_from(list(OUTPUTS)),
     dtype=st.sampled_from([torch.float32, torch.float64, torch.bfloat16, torch.float16]),
