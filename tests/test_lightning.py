@@ -423,7 +423,7 @@ def test_checkpoints_that_are_none(checkpoint: Any) -> None:
     SqueezeExcite(**OPTIONS).rewrite(rewritten)
     for module in (plain, rewritten):
         keys = list(module.state_dict())
-        with pytest.raises(SqueezeExciteError, match="checkpoint|plan"):
+        with pytest.raises(SqueezeExciteError, match=r"checkpoint|plan"):
             SqueezeExcite.restore(module, checkpoint)
         assert list(module.state_dict()) == keys
 
