@@ -68,7 +68,7 @@ def test_the_model_is_left_as_it_was(cnn: nn.Module) -> None:
     modes = [module.training for module in model.modules()]
     state = {key: value.clone() for key, value in model.state_dict().items()}
     se_fx.profile_gates(model, [{"input": torch.randn(2, 3, 8, 8)}], progress=False)
-    with pytest.raises(RuntimeError):
+    with pytest.raises(se_fx.SqueezeExciteError):
         se_fx.profile_gates(model, [torch.randn(2, 4, 8, 8)], progress=False)
     assert [module.training for module in model.modules()] == modes
     assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
