@@ -80,8 +80,7 @@ def _count_or_text(text: str) -> int | str:
 
 # ----------------------------------------------------------------------------------------------------------------- where
 def _is_where(value: Any) -> bool:
-    patterns = [value] if isinstance(value, str) else value
-    is_patterns = isinstance(patterns, Sequence) and len(patterns) > 0 and all(isinstance(each, str) for each in patterns)
+    is_patterns = isinstance(value, Sequence) and len(value) > 0 and all(isinstance(each, str) for each in value)
     return value is None or callable(value) or is_patterns
 
 

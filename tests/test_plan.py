@@ -23,6 +23,7 @@ from torchvision.models import get_model
 import se_fx
 from se_fx import Cost, Plan, Site, SqueezeExciteError
 from se_fx.blocks import BLOCKS, GATES
+from se_fx.options import Options
 from se_fx.placement import PLACEMENTS
 from se_fx.plan import Skip
 
@@ -212,6 +213,15 @@ def test_overrides() -> None:
     assert kinds["layer3.0.conv2"] == (64, True, "sigmoid", None)
     assert kinds["layer4.0.conv2"] == (128, True, "hardsigmoid", None)
     assert kinds["layer4.1.conv2"] == (None, False, "sigmoid", "test_plan.Attention")
+
+
+def test_options_of_one_site() -> None:
+    options = Options(
+        latent_channels=16, overrides={"a*": {"bias": True}, "ab": {"latent_channels": 4}, "c": {"block": Attention}}
+    )
+    assert options.of("ab") == Options(latent_channels=4, bias=True)
+    assert options.of("c") == Options(block=Attention)  # whose width is its own affair
+    assert options.of("d") == options
 
 
 # ----------------------------------------------------------------------------------------------------------------- tables
