@@ -143,6 +143,11 @@ def rand_drop_path(x: Tensor, keep: float = 0.9) -> Tensor:
     return x / keep * mask
 
 
+def halves(x: Tensor) -> Tensor:
+    a, b = x.chunk(2, 1)
+    return torch.cat([a + b, b], 1)
+
+
 UNITS = {
     "functional": lambda m, x: F.relu(x + m.other(m.b(F.relu(m.norm(m.a(x)))))),
     "in place": lambda m, x: F.relu_(m.other(m.b(F.relu_(m.norm(m.a(x))))).add_(x)),
@@ -159,6 +164,7 @@ UNITS = {
     "dropout": lambda m, x: x + F.dropout2d(m.b(F.gelu(m.a(x))), 0.5, m.training),
     "gate inside": lambda m, x: x + m.b(F.relu(m.a(x)) * F.relu(m.a(x)).mean((2, 3), keepdim=True).sigmoid()),
     "split inside": lambda m, x: x + m.b((lambda h: torch.cat([F.relu(h[0]), h[1]], 1))(m.a(x).chunk(2, 1))),
+    "after other sums": lambda m, x: (lambda y: y + m.b(F.relu(m.a(y))))(halves(x + x.mean((2, 3), keepdim=True))),
     "shortcut read by others": lambda m, x: torch.cat([m.down(x), m.down(x) + m.b(F.relu(m.a(x)))], 1),
 }
 LAST = {"option A": "wide"}
@@ -174,6 +180,8 @@ NO_UNITS = {
     "coupling": lambda m, x: (lambda h: h[0] + m.b(F.relu(m.a(torch.cat([h[1], h[1]], 1))))[:, :4])(x.chunk(2, 1)),
     "twice itself": lambda m, x: x + x,
     "branch read by others": lambda m, x: (lambda y: torch.cat([y, m.b(F.relu(y)) + x], 1))(m.a(x)),
+    "branch returned too": lambda m, x: (lambda y: (y, m.b(F.relu(y)) + x))(m.a(x)),
+    "ends in a gate": lambda m, x: (lambda y: x + y * y.mean((2, 3), keepdim=True).sigmoid())(m.b(F.relu(m.a(x)))),
     "tokens": lambda m, x: (lambda t: t + m.b(F.gelu(m.a(t.mT.unflatten(2, (4, 4))))).flatten(2).mT)(x.flatten(2).mT),
 }
 
@@ -238,6 +246,36 @@ def test_where_each_placement_scales(placement: str) -> None:
     gm = se_fx.transform(model, placement=placement, block=Doubled, min_channels=1)
     x = torch.randn(2, 3, 5, 5)
     assert torch.equal(gm(x), PLACED[placement](model, model.stem(x)))
+
+
+class PlusOne(Doubled):
+    def forward(self, x: Tensor) -> Tensor:
+        return x + 1
+
+
+def total(m: Unit, x: Tensor) -> Tensor:
+    return m.b(F.relu(m.a(x))) + x
+
+
+#: What follows a sum s, and what it is with a block that adds one behind the unit.
+AFTER = {
+    "activation": (lambda m, s: s.tanh(), lambda m, s: s.tanh() + 1),
+    "module": (lambda m, s: m.tanh(s), lambda m, s: s.tanh() + 1),
+    "other readers": (lambda m, s: torch.cat([s.tanh(), s], 1), lambda m, s: torch.cat([(s + 1).tanh(), s + 1], 1)),
+    "other function": (lambda m, s: s.exp(), lambda m, s: (s + 1).exp()),
+    "parameters": (lambda m, s: m.prelu(s), lambda m, s: m.prelu(s + 1)),
+    "parameters, as a function": (lambda m, s: F.prelu(s, m.prelu.weight), lambda m, s: m.prelu(s + 1)),
+}
+
+
+@pytest.mark.parametrize("name", AFTER)
+def test_behind_a_unit_is_behind_the_activation_that_alone_reads_it(name: str) -> None:
+    after, expected = AFTER[name]
+    model = Unit(lambda m, x: after(m, total(m, x))).eval()
+    model.prelu, model.tanh = nn.PReLU(8), nn.Tanh()
+    gm = se_fx.transform(model, placement="post", block=PlusOne, min_channels=1)
+    x = torch.randn(2, 3, 5, 5)
+    assert torch.equal(gm(x), expected(model, total(model, model.stem(x))))
 
 
 def doubled_widths(m: Unit, x: Tensor) -> Tensor:
