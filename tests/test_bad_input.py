@@ -201,10 +201,8 @@ ROWS: list[Row] = [
             "expected a function of a tensor to one of the same shape",
         ),
     ),
-    *rows(TRANSFORMS, "where", *((value, "expected a predicate") for value in (3, [], [3], True, {1: 2}))),
-    *rows(
-        TRANSFORMS, "where", *((value, "matches no Conv2d; the first is named '0'") for value in ("layr*", "", "a\nb", ["!9"]))
-    ),
+    *rows(TRANSFORMS, "where", *((value, "expected a predicate") for value in (3, "", [], [3], True, {1: 2}))),
+    *rows(TRANSFORMS, "where", *((value, "matches no Conv2d; the first is named '0'") for value in ("layr*", "a\nb", ["!9"]))),
     *rows(
         TRANSFORMS,
         "overrides",
