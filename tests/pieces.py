@@ -190,7 +190,7 @@ def counting(net: Any, x: Tensor) -> Tensor:
 
 
 def averaging(net: Any, x: Tensor) -> Tensor:
-    if net.training and len(x):
+    if net.training:
         net.average.mul_(0.9).add_(x.detach().mean((0, 2, 3)), alpha=0.1)
     return net.a(x) - net.average[None, :, None, None]
 

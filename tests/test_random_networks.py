@@ -260,7 +260,7 @@ def test_costs_inference_and_training(recipe: Recipe, options: dict[str, Any], p
 
 @pytest.mark.parametrize("piece", [*LAYERS, *(f"code: {name}" for name in CODE), *((name, "conv", "conv") for name in AROUND)])
 def test_every_piece_by_itself(piece: Any) -> None:
-    holds(Recipe([piece]), {"min_channels": 1, "init": "identity"}, [])
+    holds(Recipe([piece]), {"min_channels": 1, "init": "identity"}, [gradients])
 
 
 def holds(recipe: Recipe, options: dict[str, Any], promises: Iterable[Callable[[Case], Pairs]]) -> None:
