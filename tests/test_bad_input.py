@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import math
 from collections.abc import Callable, Iterable, Iterator
@@ -16,6 +17,8 @@ from torch import nn
 from torch.fx import symbolic_trace
 
 import se_fx
+from se_fx.criteria import CRITERIA
+from se_fx.options import Options
 from se_fx.placement import Spot
 
 
@@ -447,7 +450,9 @@ TRACED = {"SqueezeExcite2d.excitation", "SqueezeExcite2d.forward"}
 
 
 def public() -> Iterator[tuple[str, str]]:
-    """Every parameter of every public function, method and constructor."""
+    """Every parameter of every public function, method and constructor, and every option, whether signatures name it or not."""
+    options = {*CRITERIA, *(field.name for field in dataclasses.fields(Options))} - {"criteria"}
+    yield from ((name, option) for name in TRANSFORMS for option in options)
     for name in se_fx.__all__:
         found = getattr(se_fx, name)
         functions = {name: found}
