@@ -161,7 +161,8 @@ ROWS: list[Row] = [
     *rows(OF_MODELS, "model", *NO_MODELS),
     *rows(("transform", "plan", "suggest", "apply_squeeze_excite"), "model", (nn.Linear(2, 2), "Linear has no nn.Conv2d")),
     *rows("optimize_for_inference", "model", (MODEL, "training mode: call model.eval()")),
-    *rows((*TRANSFORMS, "suggest", "report", "optimize_for_inference"), "example_inputs", *NO_INPUTS, *UNCALLABLE),
+    *rows((*TRANSFORMS, "suggest", "report", "optimize_for_inference"), "example_inputs", *NO_INPUTS, UNCALLABLE[0]),
+    *rows("report", "example_inputs", *UNCALLABLE[1:]),
     *rows(OF_REWRITTEN, "rewritten", *NOT_REWRITTEN),
     # options of transform and plan
     *rows(
