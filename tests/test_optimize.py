@@ -241,8 +241,26 @@ def test_places_within_code_that_is_no_graph_have_the_models_names() -> None:
     places = {step.rewrite: [change.place for change in step.changes] for step in se_fx.report(fast).steps}
     assert places["fold_norms"] == ["net.1.bn1", "net.1.bn2", "net.1.bn3"]
     assert places["hoist_squeezes"] == ["net.1.conv3_folded"]
+    assert "the model itself: " in str(se_fx.report(fast))
+    (folded,) = se_fx.report(se_fx.optimize_for_inference(tiny(), rewrites=["fold_norms"])).steps
+    assert [change.place for change in folded.changes] == ["0.1", "1.bn1", "1.bn2", "1.bn3"]
     assert_close(fast(x), model(x))
     assert torch.equal(fast(-x), x)
+
+
+def test_constants_that_code_makes_are_kept() -> None:
+    class Shifted(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = tiny()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.net(x + torch.arange(3.0)[:, None, None])
+
+    model, x = Shifted().eval(), torch.rand(2, 3, 16, 16)
+    gm = se_fx.transform(model, min_channels=64).eval()
+    for each in (model, gm):
+        assert_close(se_fx.optimize_for_inference(each)(x), each(x))
 
 
 def test_what_does_nothing_in_eval_mode_is_taken_out_but_hooks_and_training_stay() -> None:

@@ -278,6 +278,30 @@ def test_behind_a_unit_is_behind_the_activation_that_alone_reads_it(name: str) -
     assert torch.equal(gm(x), expected(model, total(model, model.stem(x))))
 
 
+#: What only scales a branch y; m.position is not zero here.
+SCALED = {
+    "nothing": lambda m, y: y,
+    "constant": lambda m, y: 0.1 * y,
+    "layer scale": lambda m, y: y * m.position,
+    "twice": lambda m, y: (y / 3).mul(m.position),
+    "dropout": lambda m, y: F.dropout(y, training=True),
+    "module": lambda m, y: m.drop(y),
+}
+
+
+@pytest.mark.parametrize("name", SCALED)
+def test_at_the_end_of_a_branch_is_upstream_of_what_only_scales_it(name: str) -> None:
+    scaled = SCALED[name]
+    model = Unit(lambda m, x: x + scaled(m, m.b(F.relu(m.a(x)))))
+    model.position, model.drop = nn.Parameter(torch.randn(1, 8, 1, 1)), nn.Dropout()
+    gm = se_fx.transform(model, placement="residual", block=PlusOne, min_channels=1)
+    s = model.stem(x := torch.randn(2, 3, 5, 5))
+    torch.manual_seed(1)
+    expected = s + scaled(model, model.b(F.relu(model.a(s))) + 1)
+    torch.manual_seed(1)
+    assert torch.equal(gm(x), expected)
+
+
 def doubled_widths(m: Unit, x: Tensor) -> Tensor:
     x = x + m.b(F.relu(m.a(x)))
     y = m.b(F.relu(m.a(x)))
