@@ -71,8 +71,11 @@ def changes_in_place(node: fx.Node, modules: Modules) -> bool:
     if node.op == "call_method":
         return str(node.target).endswith("_") and not str(node.target).endswith("__")
     name = getattr(node.target, "__name__", "")
-    in_place = name.endswith("_") or name.startswith(("iadd", "isub", "imul", "itruediv", "ipow", "setitem"))
-    return in_place or node.kwargs.get("inplace") is True or (name in ("relu", "silu", "gelu") and True in node.args[1:])
+    # PyTorch's functions pass `inplace` on by name, however they were called.
+    return name.endswith("_") or name in _IN_PLACE or node.kwargs.get("inplace") is True
+
+
+_IN_PLACE = {"iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "iand", "ior", "ixor", "setitem"}
 
 
 def pooled(graph: fx.Graph, modules: Modules) -> set[fx.Node]:

@@ -210,6 +210,8 @@ class Written(nn.Module):
         y = self.conv(x)
         if self.how == "output changed":
             F.relu_(y)
+        elif self.how == "output changed by an argument":
+            F.hardswish(y, True)
         elif self.how == "a view changed":
             y.view(y.shape[0], -1).clamp_(min=0)
         elif self.how == "a part changed":
@@ -239,7 +241,7 @@ class Written(nn.Module):
         }.get(self.how, (z,))
 
 
-CHANGED = ("output changed", "a view changed", "a part changed")
+CHANGED = ("output changed", "output changed by an argument", "a view changed", "a part changed")
 READ = ("input changed later", "input changed before", "output changed later", "sum in place into the shortcut")
 SUMS = ("sum", "sum with itself", "weighted sum", "sum with a number")
 
