@@ -75,7 +75,7 @@ def changes_in_place(node: fx.Node, modules: Modules) -> bool:
     return name.endswith("_") or name in _IN_PLACE or node.kwargs.get("inplace") is True
 
 
-_IN_PLACE = {"iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "iand", "ior", "ixor", "setitem"}
+_IN_PLACE = {"iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "iand", "ior", "ixor", "imatmul", "setitem"}
 
 
 def pooled(graph: fx.Graph, modules: Modules) -> set[fx.Node]:
