@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from se_fx.regions import graphs_of
+from se_fx.regions import is_region
 
 __all__ = ["clone"]
 
@@ -52,7 +52,7 @@ def _fill(module: nn.Module, shell: nn.Module, memo: dict[int, Any]) -> None:
             attributes[name] = memo.get(id(value), value)
         else:
             attributes[name] = carry(value, memo)
-    if isinstance(module, fx.GraphModule) and graphs_of(module) is None:
+    if isinstance(module, fx.GraphModule) and not is_region(module):
         # fx keeps one class per GraphModule, since the class holds the generated code.
         fresh = fx.GraphModule(nn.Module(), fx.Graph(), type(module).__name__)
         shell.__class__ = type(fresh)

@@ -22,6 +22,7 @@ __all__ = [
     "constants_of",
     "graphs_of",
     "hooked",
+    "is_region",
     "own_class",
     "restore_code",
     "run_graphs",
@@ -38,6 +39,11 @@ class Inserted(nn.Module):
 def view(module: nn.Module, graph: fx.Graph) -> fx.GraphModule:
     """An `fx.GraphModule` of `graph` over the children and tensors of `module`, for passes to work on."""
     return GraphRegion(module, graph, own_class(module).__name__)
+
+
+def is_region(module: nn.Module) -> bool:
+    """Whether a module is of one of the classes below; a `view` is, too."""
+    return isinstance(module, _Region)
 
 
 def graphs_of(module: nn.Module) -> dict[bool, fx.Graph] | None:
