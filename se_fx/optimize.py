@@ -22,7 +22,7 @@ from se_fx.optimization import Optimization, Step, give_optimization, optimizati
 from se_fx.plan import take_plans
 from se_fx.regions import GraphRegion, add_constants, hooked, own_class, restore_code, run_graphs, view
 from se_fx.rewrites import REWRITES, Change, Rewrite
-from se_fx.tracing import Tracer, has_traced_hooks
+from se_fx.tracing import has_traced_hooks
 
 __all__ = ["optimize_for_inference"]
 
@@ -210,7 +210,7 @@ def _prune(root: GraphRegion) -> None:
 
 def _refusal(graph: fx.Graph) -> fx.Graph:
     """A graph of the same inputs that raises."""
-    refusal = fx.Graph(tracer_cls=Tracer)
+    refusal = fx.Graph()
     inputs = [refusal.node_copy(node) for node in graph.nodes if node.op == "placeholder"]
     call = refusal.call_function(refuse_training, tuple(inputs))
     call.meta["is_wrapped"] = True  # so that loading a pickle, which traces the code again, doesn't run it
