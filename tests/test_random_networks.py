@@ -193,7 +193,9 @@ def reports(case: Case) -> Pairs:
 
 def costs(case: Case) -> Pairs:
     """MACs are what PyTorch counts, to the last digit."""
-    recipe = dataclasses.replace(case.recipe, batch=case.recipe.batch or 1)  # PyTorch can't fake some operators on none
+    recipe = countable(case.recipe)
+    if recipe is None:
+        return
     result, (args, kwargs) = case.anew(), recipe.arguments()
     with FlopCounterMode(display=False) as counter, no_fast_attention(), torch.no_grad():
         result.eval()(*args, **kwargs)
@@ -206,7 +208,10 @@ def costs(case: Case) -> Pairs:
 
 def costs_before(case: Case) -> Pairs:
     """A plan's costs are the result's."""
-    args, kwargs = dataclasses.replace(case.recipe, batch=case.recipe.batch or 1).arguments()
+    recipe = countable(case.recipe)
+    if recipe is None:
+        return
+    args, kwargs = recipe.arguments()
     example = args or kwargs
     plan = se_fx.plan(case.model, example_inputs=example, **case.planning)
     result = transform(case.model, example_inputs=example, **case.options)
@@ -318,6 +323,13 @@ def called(model: nn.Module, recipe: Recipe) -> tuple[list[Any], list[Any]]:
     given = flat(arguments)
     memory = [each.untyped_storage().data_ptr() for each in (*outputs, *given) if isinstance(each, Tensor) and each.numel()]
     return [*outputs, *(memory.index(pointer) for pointer in memory)], given
+
+
+def countable(recipe: Recipe) -> Recipe | None:
+    """A recipe whose call costs something: some operators can't be faked on an empty batch; None where the call raises."""
+    recipe = dataclasses.replace(recipe, batch=recipe.batch or 1)
+    first = called(recipe.network().eval(), recipe)[0][0]
+    return None if isinstance(first, type) and issubclass(first, Exception) else recipe
 
 
 def flat(value: Any) -> list[Any]:
