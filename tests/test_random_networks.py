@@ -1,8 +1,8 @@
 """Random networks, random options: what se_fx promises holds for all of them.
 
-Two tests draw 100 networks each, the same ones each time. More, and others each time:
+Two tests draw 100 networks each, the same ones each time; `--hypothesis-show-statistics` says what. More, and others:
 
-    python -m pytest tests/test_random_networks.py --hypothesis-profile=many --hypothesis-seed=1 --hypothesis-show-statistics
+    python -m pytest -m random tests/test_random_networks.py --hypothesis-profile=many --hypothesis-seed=1
 
 Whatever such a run finds gets a test of its own beside those of the promise that broke.
 """
@@ -251,12 +251,14 @@ SECOND = [costs, costs_before, inference, gradients, reports]
 
 
 # ----------------------------------------------------------------------------------------------------------------- tests
+@pytest.mark.random
 @settings(deadline=None)
 @given(recipe=recipes, options=options, promises=st.sets(st.sampled_from(FIRST), min_size=1, max_size=2))
 def test_identity_copies_plans_and_removal(recipe: Recipe, options: dict[str, Any], promises: set[Callable]) -> None:
     holds(recipe, options, promises)
 
 
+@pytest.mark.random
 @settings(deadline=None)
 @given(recipe=recipes, options=options, promise=st.sampled_from(SECOND))
 def test_costs_inference_and_training(recipe: Recipe, options: dict[str, Any], promise: Callable) -> None:
