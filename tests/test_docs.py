@@ -29,6 +29,9 @@ SHELL = ("bash", "sh", "shell")
 ELSEWHERE = {  # commands of pages that aren't run here, by their beginnings: who runs them
     "python3 -m venv .venv": "CI",
     ".venv/bin/pre-commit install": "whoever contributes",
+    ".venv/bin/pip install 'mutmut": "whoever tests the tests; it takes hours",
+    "OMP_NUM_THREADS=1 .venv/bin/mutmut": "whoever tests the tests",
+    ".venv/bin/mutmut": "whoever tests the tests",
     "pip install --no-deps mosaicml": "CI",
     "pip install torchmetrics": "CI",
     "python examples/composer_trainer.py": "CI, where Composer is installed",
