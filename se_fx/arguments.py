@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from se_fx.errors import SqueezeExciteError, shown
+from se_fx.errors import SqueezeExciteError, first_line, shown
 
 __all__ = ["as_device", "as_path", "check_flag", "check_floating", "is_count", "is_number"]
 
@@ -63,8 +63,8 @@ def as_device(device: Any) -> torch.device:
     try:
         where = torch.device(device)
     except (RuntimeError, TypeError, ValueError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise SqueezeExciteError(f"device={shown(device)}: expected such as 'cpu' or 'cuda:0'. {reason}") from error
+        expected = "expected such as 'cpu' or 'cuda:0'"
+        raise SqueezeExciteError(f"device={shown(device)}: {expected}. {first_line(error)}") from error
     if where.type != "cpu" and not (where.type == "cuda" and (where.index or 0) < torch.cuda.device_count()):
         raise SqueezeExciteError(f"device={str(where)!r}: expected 'cpu', or a CUDA device that this machine has")
     return where

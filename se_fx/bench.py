@@ -21,14 +21,13 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from se_fx.arguments import as_device, check_flag, check_floating, is_count, is_number
-from se_fx.errors import SqueezeExciteError, shown
+from se_fx.errors import SqueezeExciteError, reason_of, shown
 from se_fx.fakes import Call, as_call, describe_call
 from se_fx.memory import peak_bytes
 from se_fx.plan import plan_of
 from se_fx.progress import progress_bar
 from se_fx.randomness import random_state, set_random_state
 from se_fx.timings import Benchmark, Row
-from se_fx.tracing import reason_of
 from se_fx.transform import remove
 
 __all__ = ["Benchmark", "Row", "bench"]

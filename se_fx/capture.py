@@ -24,11 +24,12 @@ import torch
 from torch import Tensor, fx, nn
 
 from se_fx.cloning import clone
+from se_fx.errors import reason_of
 from se_fx.plain import check_plain
 from se_fx.randomness import random_state, set_random_state
 from se_fx.regions import Inserted, constants_of, hooked
 from se_fx.snapshot import Snapshot
-from se_fx.tracing import DRAWS, Tracer, reason_of
+from se_fx.tracing import DRAWS, Tracer
 
 __all__ = ["Capture", "Region", "capture", "collector_paused", "is_foreign"]
 

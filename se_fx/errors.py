@@ -1,4 +1,4 @@
-"""The one error class of se_fx, and how its messages help with names."""
+"""The one error class of se_fx, and what its messages say of names, values and other errors."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import reprlib
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-__all__ = ["SqueezeExciteError", "blaming", "hint", "shown"]
+__all__ = ["SqueezeExciteError", "blaming", "first_line", "hint", "reason_of", "shown"]
 
 
 class SqueezeExciteError(ValueError):
@@ -27,8 +27,22 @@ def blaming(what: str) -> Iterator[None]:
     except SqueezeExciteError:
         raise
     except Exception as error:
-        first_line = str(error).strip().split("\n")[0]
-        raise SqueezeExciteError(f"{what}: {type(error).__name__}: {first_line}") from error
+        raise SqueezeExciteError(f"{what}: {type(error).__name__}: {first_line(error)}") from error
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of what an error says."""
+    return str(error).strip().split("\n")[0]
+
+
+def reason_of(error: BaseException) -> str:
+    """An error in a few words.
+
+    >>> reason_of(RuntimeError("no memory. Try less")), reason_of(KeyboardInterrupt())
+    ('RuntimeError: no memory', 'KeyboardInterrupt')
+    """
+    text = first_line(error).split(". ")[0]
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
 def hint(name: object, known: Iterable[str], expected: str) -> str:

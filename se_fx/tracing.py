@@ -22,9 +22,10 @@ import torch.utils.checkpoint
 from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 
+from se_fx.errors import reason_of
 from se_fx.randomness import random_state, set_random_state
 
-__all__ = ["DRAWS", "TRACED_HOOKS", "Tracer", "has_traced_hooks", "reason_of"]
+__all__ = ["DRAWS", "TRACED_HOOKS", "Tracer", "has_traced_hooks"]
 
 _CHECKPOINT = torch.utils.checkpoint.checkpoint
 _CHECKPOINTS = "checkpoints activations, which a graph would drop"
@@ -350,9 +351,3 @@ def _ambient() -> tuple[bool, int]:
 def has_traced_hooks(module: nn.Module) -> bool:
     """Whether a module has hooks, and all of them are to be looked into."""
     return bool(module._forward_hooks) and set(module._forward_hooks.values()) <= TRACED_HOOKS
-
-
-def reason_of(error: BaseException) -> str:
-    """An error in a few words."""
-    text = str(error).strip().split("\n")[0].split(". ")[0]
-    return f"{type(error).__name__}: {text}" if text else type(error).__name__
