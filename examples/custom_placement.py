@@ -29,7 +29,7 @@ import torch
 from torch import fx, nn
 
 import se_fx
-from se_fx.channels import channels
+from se_fx.analysis import channels
 from se_fx.loading import load_model
 from se_fx.placement import PLACEMENTS, Spot, norm, post
 

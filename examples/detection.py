@@ -28,7 +28,7 @@ from torchvision.models.detection.faster_rcnn import (
 from torchvision.ops import box_iou
 
 import se_fx
-from se_fx.progress import progress_bar
+from se_fx.measure.progress import progress_bar
 
 Sample = tuple[Tensor, dict[str, Tensor]]
 PHOTOS = {True: ("chelsea", "coffee", "astronaut"), False: ("rocket",)}  # by whether to train with them

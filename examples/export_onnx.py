@@ -31,7 +31,7 @@ from tabulate import tabulate
 from torch import Tensor, nn
 
 import se_fx
-from se_fx.progress import progress_bar
+from se_fx.measure.progress import progress_bar
 
 LITE0 = "efficientnet-lite0"
 

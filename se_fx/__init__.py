@@ -1,16 +1,13 @@
 """Squeeze-and-Excitation as a torch.fx compiler pass."""
 
-from se_fx.bench import Benchmark, bench
 from se_fx.blocks import SqueezeExcite2d
-from se_fx.cost import Cost
+from se_fx.cost import Cost, Machine, measure_machine
 from se_fx.errors import SqueezeExciteError
-from se_fx.folding import Folding, fold_gates
-from se_fx.gates import GateProfile, SiteGates, profile_gates
-from se_fx.optimization import Optimization
+from se_fx.measure import Benchmark, Folding, GateProfile, SiteGates, bench, fold_gates, profile_gates
 from se_fx.optimize import optimize_for_inference
-from se_fx.plan import Plan, Site
+from se_fx.planning import Plan, Site
 from se_fx.report import Report
-from se_fx.roofline import Machine, measure_machine
+from se_fx.rewrites import Optimization
 from se_fx.suggest import Suggestion, suggest
 from se_fx.transform import apply_squeeze_excite, plan, remove, report, transform
 

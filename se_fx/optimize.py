@@ -10,19 +10,28 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, fx, nn
 
-from se_fx.algebra import Algebra
-from se_fx.capture import Capture, capture, collector_paused, is_foreign
-from se_fx.cloning import clone
-from se_fx.cost import NEEDS_VALUES, measure
-from se_fx.dataflow import called, modules_of
+from se_fx.analysis import called, modules_of
+from se_fx.capture import (
+    Capture,
+    GraphRegion,
+    add_constants,
+    capture,
+    clone,
+    collector_paused,
+    copied,
+    has_traced_hooks,
+    hooked,
+    is_foreign,
+    own_class,
+    restore_code,
+    run_graphs,
+    view,
+)
+from se_fx.cost import NEEDS_VALUES, Call, as_call, faked, measure
 from se_fx.errors import SqueezeExciteError, hint, shown
-from se_fx.fakes import Call, as_call, faked
-from se_fx.insertion import copied_graph, withdraw
-from se_fx.optimization import Optimization, Step, give_optimization, optimization_of
-from se_fx.plan import take_plans
-from se_fx.regions import GraphRegion, add_constants, hooked, own_class, restore_code, run_graphs, view
-from se_fx.rewrites import REWRITES, Change, Rewrite
-from se_fx.tracing import has_traced_hooks
+from se_fx.insertion import withdraw
+from se_fx.planning import take_plans
+from se_fx.rewrites import REWRITES, Algebra, Change, Optimization, Rewrite, Step, give_optimization, optimization_of
 
 __all__ = ["optimize_for_inference"]
 
@@ -96,7 +105,7 @@ def _optimized(captured: Capture, rewrites: dict[str, Rewrite], example_inputs: 
             module = base.get_submodule(region.path)
             restore_code(module)
             add_constants(module, region.constants)
-            views[region.path] = view(module, copied_graph(region.graphs[False]))
+            views[region.path] = view(module, copied(region.graphs[False])[0])
             _strip(views[region.path])
     cost = None
     if example_inputs is not None:
@@ -169,7 +178,7 @@ def _assembled(base: nn.Module, views: Mapping[str, fx.GraphModule]) -> nn.Modul
     model = clone(base)
     for path, region in views.items():
         module = model.get_submodule(path)
-        graph = copied_graph(region.graph)
+        graph, _ = copied(region.graph)
         for node in graph.nodes:
             _bring(module, region, node)
         evaluate, train = view(module, graph), view(module, _refusal(graph))

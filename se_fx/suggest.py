@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from se_fx.criteria import AUTO, least_channels
-from se_fx.plan import Plan, percent
+from se_fx.planning import Plan, percent
 from se_fx.transform import plan
 
 __all__ = ["Suggestion", "suggest"]

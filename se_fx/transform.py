@@ -4,29 +4,31 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable
-from typing import Any, cast
+from typing import Any
 
 from torch import nn
 from torch.optim import Optimizer
 
-from se_fx.activations import activation_bytes
-from se_fx.capture import capture
-from se_fx.choosing import choose, fit
-from se_fx.cloning import clone
-from se_fx.cost import NO_COST, Measurement, measure
+from se_fx.capture import capture, check_seed, check_whole, clone, drawing_from, graphs_of, kept_on_failure, own_class
+from se_fx.cost import NO_COST, Measurement, activation_bytes, measure
 from se_fx.criteria import Where
 from se_fx.errors import SqueezeExciteError
-from se_fx.insertion import CONTAINER, attach, blocks_of, insert, withdraw
-from se_fx.locating import locate, new_block
-from se_fx.optimization import Optimization, optimization_of
-from se_fx.optimizers import Joining, as_optimizers
-from se_fx.options import BlockFactory, Function, Options, Overrides
+from se_fx.insertion import CONTAINER, Joining, as_optimizers, attach, blocks_of, insert, withdraw
 from se_fx.placement import Policy
-from se_fx.plain import check_whole
-from se_fx.plan import Plan, give_plan, plan_of, plan_within, take_plans
-from se_fx.randomness import check_seed, drawing_from, kept_on_failure
-from se_fx.regions import graphs_of, own_class
+from se_fx.planning import (
+    BlockFactory,
+    Function,
+    Options,
+    Overrides,
+    Plan,
+    choose,
+    fit,
+    give_plan,
+    plan_of,
+    take_plans,
+)
 from se_fx.report import Report
+from se_fx.rewrites import Optimization, optimization_of
 
 __all__ = ["apply_squeeze_excite", "plan", "remove", "report", "transform"]
 
@@ -110,12 +112,12 @@ def transform(
     _check_alone(plan, options)
     check_seed(seed)
     captured = capture(model)
-    chosen = choose(captured, options) if plan is None else fit(plan, captured)
+    choice = choose(captured, options) if plan is None else fit(captured, plan)
     with kept_on_failure(model):
         with drawing_from(seed) as made_on:
-            insertions = locate(captured, chosen, made_on=made_on)
+            insertions = choice.insertions(made_on)
         rewritten = insert(captured, insertions)
-        give_plan(rewritten, plan_within(model) | chosen)
+        give_plan(rewritten, choice.after)
         if example_inputs is not None:
             give_plan(rewritten, _costed(rewritten, example_inputs)[0])
     return rewritten
@@ -162,13 +164,13 @@ def plan(
         **criteria,
     )
     captured = capture(model)
-    chosen = choose(captured, options)
+    choice = choose(captured, options)
     if example_inputs is None:
-        return chosen
+        return choice.plan
     with drawing_from(0) as made_on:  # with values: the model's code may branch on what the blocks return
-        insertions = locate(captured, chosen, made_on=made_on)
+        insertions = choice.insertions(made_on)
     trial = insert(captured, insertions)
-    give_plan(trial, chosen)
+    give_plan(trial, choice.plan)
     return _costed(trial, example_inputs)[0]
 
 
@@ -259,20 +261,19 @@ def apply_squeeze_excite(
     options = Options.given(min_channels=min_channels, latent_channels=latent_channels)
     check_seed(seed)
     chosen_optimizers = as_optimizers(optimizers)
-    captured = capture(model)
-    chosen = choose(captured, options)
-    convs = {site.name: cast("nn.Conv2d", model.get_submodule(site.name)) for site in chosen.sites}
+    choice = choose(capture(model), options)
     before = plan_of(model)
     with kept_on_failure(model):
         with drawing_from(seed) as made_on:
-            blocks = {site.name: new_block(site, {}, convs[site.name], made_on=made_on) for site in chosen.sites}
+            blocks = choice.blocks(made_on)
+        convs = {name: choice.convs[name] for name in blocks}
         owners = [(f"{name}.{CONTAINER}".lstrip("."), convs[name], block) for name, block in blocks.items()]
         join = Joining(chosen_optimizers, owners)
         try:
             for name, block in blocks.items():
                 attach(convs[name], block)
             join.apply()
-            give_plan(model, plan_within(model) | chosen)
+            give_plan(model, choice.after)
         except BaseException:  # an interrupt, too
             for conv in convs.values():
                 withdraw(conv)

@@ -19,7 +19,7 @@ import torch
 import se_fx
 import se_fx.cli
 from se_fx.criteria import CRITERIA
-from se_fx.options import Options
+from se_fx.planning import Options
 
 ROOT = Path(__file__).parents[1]
 

@@ -18,8 +18,8 @@ from torch.fx import symbolic_trace
 
 import se_fx
 from se_fx.criteria import CRITERIA
-from se_fx.options import Options
 from se_fx.placement import Spot
+from se_fx.planning import Options
 
 
 def fails(*_: Any, **__: Any) -> Any:

@@ -20,10 +20,10 @@ from torch._dynamo.testing import CompileCounter
 
 import se_fx
 from se_fx import SqueezeExciteError
-from se_fx.memory import peak_bytes
-from se_fx.timings import Row
+from se_fx.measure import Row
+from se_fx.measure.memory import peak_bytes
 
-bench_module = importlib.import_module("se_fx.bench")  # the function of this name shadows the module
+bench_module = importlib.import_module("se_fx.measure.bench")  # the function of this name shadows the module
 bench = bench_module.bench
 
 X = torch.zeros(2, 3, 8, 8)

@@ -17,8 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import se_fx
 from se_fx import Cost, Machine
-from se_fx.activations import activation_bytes
-from se_fx.cost import Measurement, Operator, measure
+from se_fx.cost import Measurement, Operator, activation_bytes, measure
 
 
 def counted(model: nn.Module, *args) -> int:

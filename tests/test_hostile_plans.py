@@ -18,10 +18,9 @@ import se_fx
 from se_fx import Plan, SqueezeExciteError
 from se_fx.blocks import ACTIVATIONS, BLOCKS, GATES
 from se_fx.capture import capture
-from se_fx.choosing import fit
-from se_fx.locating import locate
-from se_fx.memory import peak_bytes
+from se_fx.measure.memory import peak_bytes
 from se_fx.placement import PLACEMENTS
+from se_fx.planning import fit
 
 MODEL = nn.Sequential(nn.Conv2d(3, 16, 1), nn.ReLU(), nn.Conv2d(16, 32, 1))
 SAVED = se_fx.plan(MODEL, min_channels=1, latent_channels=4).to_dict()
@@ -67,7 +66,7 @@ def refusal(data: Any) -> str:
     """The message that a plan is refused with; the text "accepted" where it isn't, and other errors as they are."""
     plan, events = audited(lambda: Plan.from_dict(data))
     if isinstance(plan, Plan):
-        plan, events = audited(lambda read=plan: locate(CAPTURED, fit(read, CAPTURED)))
+        plan, events = audited(lambda read=plan: fit(CAPTURED, read).insertions())
     message = str(plan) if isinstance(plan, SqueezeExciteError) else f"accepted: {plan!r:.80}"
     return f"{message} with {events}" if events else message
 

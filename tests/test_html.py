@@ -18,11 +18,11 @@ import torchvision
 from torch import nn
 
 import se_fx
-import se_fx.html
 from se_fx import Report, SqueezeExciteError
 from se_fx.cost import Cost
-from se_fx.plan import Site, Skip
-from se_fx.stages import columns, in_order, stages
+from se_fx.planning import Site, Skip
+from se_fx.report import html
+from se_fx.report.stages import columns, in_order, stages
 
 NONE, TIMES = "\N{EN DASH}", "\N{MULTIPLICATION SIGN}"
 HOSTILE = "<script>alert(1)</script>"
@@ -86,7 +86,7 @@ class Page(HTMLParser):
 # ----------------------------------------------------------------------------------------------------------------- content
 def test_the_page_of_resnet50_has_the_numbers_of_its_report() -> None:
     report = resnet50()
-    page = Page(se_fx.html.render(report))
+    page = Page(html.render(report))
     assert page.texts["title"][0] == "ResNet: 16 Squeeze-and-Excitation blocks inserted"
     assert page.texts["h1"] == ["ResNet"]
     (cards,) = (text for text in page.texts["dl"] if "Blocks" in text)
@@ -106,16 +106,16 @@ def test_the_page_of_resnet50_has_the_numbers_of_its_report() -> None:
 
 def test_memory_kept_for_training_has_a_card_where_it_is_known() -> None:
     known = dataclasses.replace(resnet50(), activation_bytes=(1_000_000, 1_250_000))
-    (cards,) = (text for text in Page(se_fx.html.render(known)).texts["dl"] if "Blocks" in text)
+    (cards,) = (text for text in Page(html.render(known)).texts["dl"] if "Blocks" in text)
     assert "Activation bytes" in cards
     assert "+25.000 %" in cards
     assert "250,000" in cards
-    assert "Activation bytes" not in se_fx.html.render(dataclasses.replace(known, activation_bytes=None))
+    assert "Activation bytes" not in html.render(dataclasses.replace(known, activation_bytes=None))
 
 
 def test_the_drawing_has_a_cell_for_each_conv_and_says_what_a_block_costs() -> None:
     report = resnet50()
-    drawing, bars = re.findall(r"<svg.*?</svg>", se_fx.html.render(report), re.DOTALL)
+    drawing, bars = re.findall(r"<svg.*?</svg>", html.render(report), re.DOTALL)
     titles = Page(drawing).texts["title"]
     assert len(titles) == 53
     site = report.sites[0]
@@ -141,7 +141,7 @@ def test_the_drawing_has_a_cell_for_each_conv_and_says_what_a_block_costs() -> N
 
 def test_what_was_skipped_and_what_runs_its_own_code_is_there() -> None:
     report = faster_rcnn()
-    page = Page(se_fx.html.render(report))
+    page = Page(html.render(report))
     details = "\n".join(page.texts["details"])
     assert "output channels < min_channels=64 10" in details
     assert "computes an attention gate 16" in details
@@ -155,7 +155,7 @@ def test_what_was_skipped_and_what_runs_its_own_code_is_there() -> None:
 
 
 def test_without_inputs_parameters_alone(cnn: nn.Sequential) -> None:
-    page = Page(se_fx.html.render(se_fx.report(se_fx.transform(cnn, min_channels=1, latent_channels=4))))
+    page = Page(html.render(se_fx.report(se_fx.transform(cnn, min_channels=1, latent_channels=4))))
     assert page.rows[0] == ["Conv", "Placement", "Channels", "Hidden", "Parameters"]
     assert page.rows[1:] == [["0", "conv", "16", "4", "128"], ["3", "conv", "32", "4", "256"]]
     assert "Bytes moved" not in "".join(page.texts["dl"][:1])
@@ -164,16 +164,14 @@ def test_without_inputs_parameters_alone(cnn: nn.Sequential) -> None:
 
 def test_blocks_of_others_have_a_column(cnn: nn.Sequential) -> None:
     gm = se_fx.transform(cnn, min_channels=1, block=lambda channels: nn.Identity())
-    header, first, _ = Page(se_fx.html.render(se_fx.report(gm, torch.zeros(1, 3, 8, 8)))).rows
+    header, first, _ = Page(html.render(se_fx.report(gm, torch.zeros(1, 3, 8, 8)))).rows
     cells = dict(zip(header, first, strict=True))
     assert "lambda" in cells["Block"]
     assert (cells["Hidden"], cells["MACs"]) == (NONE, "0")
 
 
 def test_a_report_without_blocks_is_a_page_too() -> None:
-    page = Page(
-        se_fx.html.render(Report("Net", (), (Skip("conv", 8, "8 output channels < min_channels=64"),), Cost(10), Cost()))
-    )
+    page = Page(html.render(Report("Net", (), (Skip("conv", 8, "8 output channels < min_channels=64"),), Cost(10), Cost())))
     assert "no Squeeze-and-Excitation blocks inserted" in page.texts["title"][0]
     assert page.rows == []
     assert "conv" in page.texts["text"]
@@ -181,7 +179,7 @@ def test_a_report_without_blocks_is_a_page_too() -> None:
 
 def test_sites_the_inputs_do_not_reach_are_named() -> None:
     sites = (Site("seen", 64, 4, spatial=(8, 8), cost=Cost(512, 512, 9, 9)), Site("aux.conv", 64, 4, cost=Cost(512)))
-    page = Page(se_fx.html.render(Report("Net", sites, (), Cost(9, 9, 9, 9), Cost(1024, 512, 9, 9), measured=True)))
+    page = Page(html.render(Report("Net", sites, (), Cost(9, 9, 9, 9), Cost(1024, 512, 9, 9), measured=True)))
     assert "Not reached by the example inputs in evaluation mode: aux.conv." in page.texts["p"]
     assert page.rows[2][4] == NONE
 
@@ -193,8 +191,8 @@ def test_names_are_text_whatever_they_hold(name: str) -> None:
     sites = (Site(name, 8, 4, cost=Cost(64)), Site("b", 8, None, placement=name, block=name))
     skipped = (Skip(f"skipped.{name}", 8, name),)
     report = Report(name, sites, skipped, Cost(9), Cost(64), False, ((name, name),), (name,), (name,), ((name, 1),))
-    harmless = Page(se_fx.html.render(se_fx.report(se_fx.transform(model, min_channels=1))))
-    for page in (Page(se_fx.html.render(report)), Page(se_fx.html.fragment(report))):
+    harmless = Page(html.render(se_fx.report(se_fx.transform(model, min_channels=1))))
+    for page in (Page(html.render(report)), Page(html.fragment(report))):
         assert len(page.all("script")) == len(harmless.all("script")) == 1
         assert not any(key.startswith("on") for _, attributes in page.elements for key in attributes)
         assert page.texts["h1"] == [name]
@@ -213,14 +211,14 @@ def test_a_model_whose_modules_have_hostile_names() -> None:
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return self.convs[HOSTILE](x)
 
-    page = se_fx.html.render(se_fx.report(se_fx.transform(Net(), min_channels=1), torch.zeros(1, 3, 8, 8)))
+    page = html.render(se_fx.report(se_fx.transform(Net(), min_channels=1), torch.zeros(1, 3, 8, 8)))
     assert HOSTILE not in page
     assert Page(page).rows[1][0] == f"convs.{HOSTILE}"
 
 
 @pytest.mark.parametrize("report", [resnet50, faster_rcnn])
 def test_nothing_is_loaded_from_elsewhere(report: Any) -> None:
-    for text in (se_fx.html.render(report()), se_fx.html.fragment(report())):
+    for text in (html.render(report()), html.fragment(report())):
         assert not re.search(r"https?:|//cdn|@import|url\(|@font-face", text)
         page = Page(text)
         assert all(attributes.get("href", "data:,") == "data:," for _, attributes in page.elements)
@@ -228,7 +226,7 @@ def test_nothing_is_loaded_from_elsewhere(report: Any) -> None:
 
 
 def test_the_page_is_semantic() -> None:
-    page = Page(se_fx.html.render(faster_rcnn()))
+    page = Page(html.render(faster_rcnn()))
     assert page.all("html") == [{"lang": "en"}]
     assert len(page.all("main")) == len(page.all("h1")) == 1
     assert page.texts["caption"]
@@ -242,11 +240,11 @@ def test_the_page_is_semantic() -> None:
 
 
 def test_a_fragment_is_one_element_and_all_its_styles_are_its_own() -> None:
-    text = se_fx.html.fragment(resnet50())
+    text = html.fragment(resnet50())
     page = Page(text)
     assert not {"html", "head", "body", "main"} & {tag for tag, _ in page.elements}
     assert page.elements[0] == ("div", {"class": "se-fx"})
-    assert page.rows == Page(se_fx.html.render(resnet50())).rows
+    assert page.rows == Page(html.render(resnet50())).rows
     (style,) = re.findall(r"<style>(.*?)</style>", text, re.DOTALL)
     selectors = re.findall(r"([^{};]+)\{", re.sub(r"/\*.*?\*/", "", style, flags=re.DOTALL))
     for selector in selectors:
@@ -256,10 +254,10 @@ def test_a_fragment_is_one_element_and_all_its_styles_are_its_own() -> None:
 
 def test_the_same_report_gives_the_same_page_and_leaves_matplotlib_as_it_was() -> None:
     matplotlib = pytest.importorskip("matplotlib")
-    once = se_fx.html.render(resnet50())
+    once = html.render(resnet50())
     with matplotlib.rc_context({"font.size": 30, "svg.fonttype": "path", "axes.grid": True}):
         before = dict(matplotlib.rcParams)
-        assert se_fx.html.render(resnet50()) == once
+        assert html.render(resnet50()) == once
         assert dict(matplotlib.rcParams) == before
 
 
@@ -273,7 +271,7 @@ def test_without_matplotlib_an_error_says_what_to_install(monkeypatch: pytest.Mo
 
     monkeypatch.setattr(builtins, "__import__", without)
     with pytest.raises(SqueezeExciteError, match=re.escape("pip install 'se_fx[html]'")):
-        se_fx.html.render(resnet50())
+        html.render(resnet50())
 
 
 # ------------------------------------------------------------------------------------------------------------------ stages
@@ -390,7 +388,7 @@ def _numbers(texts: list[str]) -> list[int]:
 @pytest.mark.browser
 @pytest.mark.parametrize(("report", "blocks"), [(resnet50, 16), (faster_rcnn, 43)])
 def test_the_page_shows_everything_at_a_usual_width(show: Any, report: Any, blocks: int) -> None:
-    browser = show(se_fx.html.render(report()))
+    browser = show(html.render(report()))
     assert browser.find_element("tag name", "h1").text == report().model
     assert f"{blocks} Squeeze-and-Excitation blocks inserted" in browser.find_element("tag name", "main").text
     assert _column(browser, "Conv") == [site.name for site in report().sites]
@@ -409,7 +407,7 @@ def test_the_page_shows_everything_at_a_usual_width(show: Any, report: Any, bloc
 
 @pytest.mark.browser
 def test_a_click_on_a_header_sorts_by_number_and_the_next_reverses(show: Any) -> None:
-    browser = show(se_fx.html.render(faster_rcnn()))
+    browser = show(html.render(faster_rcnn()))
     assert _sorted_by(browser) == {}
     for header in ("Parameters", "Bytes moved", "Channels"):
         expected = sorted(_numbers(_column(browser, header)))
@@ -431,7 +429,7 @@ def test_a_click_on_a_header_sorts_by_number_and_the_next_reverses(show: Any) ->
 def test_the_table_can_be_sorted_from_the_keyboard(show: Any) -> None:
     from selenium.webdriver import ActionChains, Keys
 
-    browser = show(se_fx.html.render(resnet50()))
+    browser = show(html.render(resnet50()))
     focused = "return document.activeElement.textContent"
     for _ in range(20):
         ActionChains(browser).send_keys(Keys.TAB).perform()
@@ -449,7 +447,7 @@ def test_the_table_can_be_sorted_from_the_keyboard(show: Any) -> None:
 @pytest.mark.browser
 @pytest.mark.parametrize("report", [resnet50, faster_rcnn])
 def test_a_narrow_page_scrolls_in_its_tables_alone(show: Any, report: Any) -> None:
-    browser = show(se_fx.html.render(report()), width=400)
+    browser = show(html.render(report()), width=400)
     browser.execute_script("document.querySelectorAll('details').forEach(part => { part.open = true })")
     root = "document.documentElement"
     assert browser.execute_script(f"return innerWidth === 400 && {root}.scrollWidth <= {root}.clientWidth")
@@ -460,7 +458,7 @@ def test_a_narrow_page_scrolls_in_its_tables_alone(show: Any, report: Any) -> No
 @pytest.mark.browser
 def test_colours_follow_the_colour_scheme_and_can_be_read(show: Any) -> None:
     def colours(scheme: str) -> list[tuple[float, ...]]:
-        browser = show(se_fx.html.render(resnet50()), scheme=scheme)
+        browser = show(html.render(resnet50()), scheme=scheme)
         script = """
             const of = (selector, name) => getComputedStyle(document.querySelector(selector))[name];
             return [of("body", "backgroundColor"), of(".card", "backgroundColor"), of("h1", "color"),
@@ -487,7 +485,7 @@ def _contrast(one: tuple[float, ...], other: tuple[float, ...]) -> float:
 @pytest.mark.browser
 @pytest.mark.parametrize("report", [resnet50, faster_rcnn])
 def test_print_has_plain_headers_whole_tables_and_light_colours(show: Any, report: Any) -> None:
-    browser = show(se_fx.html.render(report()), width=720, kind="print", scheme="dark")
+    browser = show(html.render(report()), width=720, kind="print", scheme="dark")
     assert browser.execute_script("return getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
     assert browser.execute_script("return document.documentElement.scrollWidth") <= 720
     overflow = "return [...document.querySelectorAll('.scroll')].map(part => getComputedStyle(part).overflowX)"
@@ -502,7 +500,7 @@ def test_print_has_plain_headers_whole_tables_and_light_colours(show: Any, repor
 def test_names_run_nothing(show: Any) -> None:
     sites = (Site(HOSTILE, 8, 4, cost=Cost(64)), Site('"><img src=x onerror=alert(1)>', 8, 4, cost=Cost(32)))
     report = Report("<b>Net</b>", sites, (Skip(HOSTILE + "2", 8, HOSTILE),), Cost(9), Cost(96))
-    browser = show(se_fx.html.render(report).replace("alert(1)", "document.documentElement.remove()"))
+    browser = show(html.render(report).replace("alert(1)", "document.documentElement.remove()"))
     assert browser.find_element("tag name", "h1").text == "<b>Net</b>"
     assert browser.find_elements("tag name", "img") == []
     assert len(browser.find_elements("tag name", "script")) == 1
@@ -510,7 +508,7 @@ def test_names_run_nothing(show: Any) -> None:
 
 @pytest.mark.browser
 def test_two_fragments_in_one_page_sort_each_for_itself_and_leave_the_page_alone(show: Any) -> None:
-    parts = se_fx.html.fragment(resnet50()) + se_fx.html.fragment(resnet50())
+    parts = html.fragment(resnet50()) + html.fragment(resnet50())
     browser = show(f"<!doctype html><title>notebook</title><table><tr><td>mine</td></tr></table>{parts}")
     button = "document.querySelectorAll('.se-fx')[1].querySelectorAll('thead button')[2]"
     browser.execute_script(f"{button}.click(); {button}.click()")

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 import se_fx
 from se_fx import SqueezeExciteError
+from se_fx.cost import measure
 from se_fx.placement import PLACEMENTS
 from se_fx.rewrites import REWRITES
 
@@ -286,7 +287,7 @@ def test_graphs_that_need_values_are_counted_by_running_them(values) -> None:
     fast = se_fx.optimize_for_inference(model, x)
     report = se_fx.report(fast)
     assert report.opaque == ()
-    assert report.before - sum((step.saved for step in report.steps), se_fx.Cost()) == se_fx.cost.measure(fast, x).total
+    assert report.before - sum((step.saved for step in report.steps), se_fx.Cost()) == measure(fast, x).total
     assert_close(fast(x), model(x))
 
 
@@ -323,7 +324,7 @@ def test_what_was_done_is_reported() -> None:
     model, x = small(), torch.randn(2, 3, 64, 64)
     fast = se_fx.optimize_for_inference(model, x)
     report = se_fx.report(fast)
-    before, after = report.before, se_fx.cost.measure(fast, x).total
+    before, after = report.before, measure(fast, x).total
     saved = sum((step.saved for step in report.steps), se_fx.Cost())
     assert before - saved == after
     hoisted = next(step for step in report.steps if step.rewrite == "hoist_squeezes")

@@ -23,9 +23,8 @@ from torchvision.models import get_model
 import se_fx
 from se_fx import Cost, Plan, Site, SqueezeExciteError
 from se_fx.blocks import BLOCKS, GATES
-from se_fx.options import Options
 from se_fx.placement import PLACEMENTS
-from se_fx.plan import Skip
+from se_fx.planning import Options, Skip
 
 
 def names(plan: Plan) -> list[str]:

@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 from torchvision.models import get_model
 
 import se_fx
-from se_fx.dataflow import changes_in_place
+from se_fx.analysis import changes_in_place
 from se_fx.placement import Spot
 
 timm = pytest.importorskip("timm")

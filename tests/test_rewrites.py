@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 import se_fx
 from se_fx import SqueezeExcite2d
-from se_fx.products import VectorLinear
 from se_fx.rewrites import REWRITES
+from se_fx.rewrites.products import VectorLinear
 
 WIDE, NARROW = 12, 4
 

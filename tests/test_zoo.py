@@ -10,14 +10,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import se_fx
 from se_fx.capture import capture
-from se_fx.choosing import choose
-from se_fx.cost import measure
-from se_fx.fakes import faked
+from se_fx.cost import faked, measure
 from se_fx.insertion import insert
 from se_fx.loading import load_model
-from se_fx.locating import locate
-from se_fx.options import Options
-from se_fx.plan import give_plan
+from se_fx.planning import Options, choose, give_plan
 
 DETECTION = ("rcnn", "retinanet", "fcos", "ssd")
 #: In train mode, one model of every family; detection models need targets then, see test_detection.py.
@@ -62,13 +58,13 @@ def test_every_placement(name: str) -> None:
     for placement in ("norm", "residual", "pre", "post", "identity"):
         options = Options.given(placement=placement, min_channels=1, latent_channels=4, init="identity")
         try:
-            plan = choose(captured, options)
+            choice = choose(captured, options)
         except se_fx.SqueezeExciteError:  # no such place
             assert name.startswith(UNITLESS)
             continue
-        assert len(plan) > 0
-        rewritten = insert(captured, locate(captured, plan))
-        give_plan(rewritten, plan)
+        assert len(choice.plan) > 0
+        rewritten = insert(captured, choice.insertions())
+        give_plan(rewritten, choice.after)
         assert zoo.compare(model, rewritten, args, modes) == "equal"
         assert type(se_fx.remove(rewritten)) is type(model)
 

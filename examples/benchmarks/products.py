@@ -18,7 +18,7 @@ import torch
 from tabulate import tabulate
 from torch import Tensor, nn
 
-from se_fx.products import MOST_MACS, VectorLinear
+from se_fx.rewrites.products import MOST_MACS, VectorLinear
 
 SHAPES = (  # channels read, height and width, hidden width, channels scaled: of seresnet50, efficientnet_b0, and a wide one
     (64, 56, 16, 256),

@@ -1,0 +1,163 @@
+"""What the nodes of a graph compute: what comes from its inputs, what is pooled, what is attention."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import fx, nn
+
+from se_fx.capture import Inserted
+
+__all__ = [
+    "ADDS",
+    "PRODUCTS",
+    "Modules",
+    "attention_convs",
+    "called",
+    "changes_in_place",
+    "describes",
+    "inserted",
+    "live",
+    "modules_of",
+    "pooled",
+    "pools_globally",
+]
+
+Modules = Mapping[str, nn.Module]  # by qualified name
+
+
+def modules_of(root: nn.Module) -> Modules:
+    """All modules that a graph's targets may name."""
+    return dict(root.named_modules(remove_duplicate=False))
+
+
+def called(node: fx.Node, modules: Modules) -> nn.Module | None:
+    """The module that a `call_module` node calls; None for other nodes."""
+    return modules[str(node.target)] if node.op == "call_module" else None
+
+
+def inserted(node: fx.Node, modules: Modules) -> bool:
+    """Whether a node calls a module that a pass has inserted."""
+    path = str(node.target).split(".") if node.op == "call_module" else []
+    return any(isinstance(modules[".".join(path[:length])], Inserted) for length in range(1, len(path)))
+
+
+def live(graph: fx.Graph) -> set[fx.Node]:
+    """Values computed from the graph's inputs, as opposed to parameters, constants, noise, and sizes of things."""
+    found: set[fx.Node] = set()
+    for node in graph.nodes:
+        if node.op == "placeholder" or (not describes(node) and any(source in found for source in node.all_input_nodes)):
+            found.add(node)
+    return found
+
+
+def describes(node: fx.Node) -> bool:
+    """Whether a node says how large, of what kind or where its input is, or makes another tensor like it."""
+    if node.target is getattr:
+        return node.args[1] not in ("T", "mT", "data")
+    name = str(node.target) if node.op == "call_method" else getattr(node.target, "__name__", "")
+    return name in ("size", "dim", "numel", "stride", "type") or name.startswith("new_") or name.endswith("_like")
+
+
+def changes_in_place(node: fx.Node, modules: Modules) -> bool:
+    """Whether a node writes its result where its input was."""
+    module = called(node, modules)
+    if module is not None:
+        return bool(getattr(module, "inplace", False))
+    if node.op == "call_method":
+        return str(node.target).endswith("_") and not str(node.target).endswith("__")
+    name = getattr(node.target, "__name__", "")
+    # PyTorch's functions pass `inplace` on by name, however they were called.
+    return name.endswith("_") or name in _IN_PLACE or node.kwargs.get("inplace") is True
+
+
+_IN_PLACE = {"iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "iand", "ior", "ixor", "imatmul", "setitem"}
+
+
+def pooled(graph: fx.Graph, modules: Modules) -> set[fx.Node]:
+    """Values averaged (or maximised, or summed) over all of H and W, and what is computed from no other data."""
+    found: set[fx.Node] = set()
+    data = live(graph)
+    for node in graph.nodes:
+        sources = [source for source in node.all_input_nodes if source in data]
+        if pools_globally(node, modules) or (sources and all(source in found for source in sources)):
+            found.add(node)
+    return found
+
+
+def attention_convs(graph: fx.Graph, root: nn.Module) -> set[str]:
+    """Convs that compute a gate: between a pooling to 1x1 and a product (or sum) with a value that is not pooled.
+
+    Recognised by dataflow, so whoever wrote the gate. A head's convs after global pooling lead back to no feature map,
+    and are no gate's.
+    """
+    modules = modules_of(root)
+    gates: list[fx.Node] = []
+    values = pooled(graph, modules)
+    for node in graph.nodes:
+        if node not in values and _merges(node):
+            gates += [source for source in node.all_input_nodes if source in values]
+    found: set[str] = set()
+    seen: set[fx.Node] = set()
+    while gates:
+        node = gates.pop()
+        if node in seen or node not in values:
+            continue
+        seen.add(node)
+        if isinstance(called(node, modules), nn.Conv2d):
+            found.add(str(node.target))
+        gates += node.all_input_nodes
+    return found
+
+
+#: What adds two values, and what multiplies them.
+ADDS: frozenset[Any] = frozenset({operator.add, operator.iadd, torch.add, "add", "add_"})
+PRODUCTS: frozenset[Any] = frozenset(
+    {operator.mul, operator.imul, torch.mul, torch.multiply, "mul", "mul_", "multiply", "multiply_"}
+)
+_SPATIAL = ({-1, -2}, {2, 3})
+_POOLS = (nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d)
+_POOL_FUNCTIONS = {F.adaptive_avg_pool2d, F.adaptive_max_pool2d}
+_REDUCTIONS = {torch.mean, torch.amax, torch.sum, torch.logsumexp, "mean", "amax", "sum", "logsumexp"}
+_AVG_POOLS = {F.avg_pool2d, F.max_pool2d, torch.nn.functional.lp_pool2d}
+
+
+def _merges(node: fx.Node) -> bool:
+    return node.op in ("call_function", "call_method") and node.target in ADDS | PRODUCTS
+
+
+def pools_globally(node: fx.Node, modules: Modules) -> bool:
+    """Whether a node averages (or maximises, or sums) over all of H and W."""
+    module = called(node, modules)
+    if module is not None:
+        return any(isinstance(part, _POOLS) and _to_one(part.output_size) for part in module.modules())
+    if node.op not in ("call_function", "call_method"):
+        return False
+    if node.target in _POOL_FUNCTIONS:
+        return _to_one(_argument(node, 1, "output_size"))
+    if node.target in _AVG_POOLS:  # over a window as large as the input, read off its shape
+        window = _argument(node, 1, "kernel_size")
+        return any(isinstance(part, fx.Node) for part in (window if isinstance(window, (list, tuple)) else [window]))
+    if node.op == "call_method" and node.target in ("view", "reshape"):  # to (..., 1, 1), after a weighted sum over space
+        return len(node.args) == 5 and node.args[-2:] == (1, 1)
+    if node.target in _REDUCTIONS:
+        dims = _argument(node, 1, "dim")
+        if isinstance(dims, (list, tuple)):
+            return set(dims) in _SPATIAL
+        source = node.args[0] if node.args else None
+        return (
+            dims in (-1, 2) and isinstance(source, fx.Node) and source.target in ("view", "reshape", "flatten", torch.flatten)
+        )
+    return False
+
+
+def _argument(node: fx.Node, position: int, name: str) -> Any:
+    return node.args[position] if len(node.args) > position else node.kwargs.get(name)
+
+
+def _to_one(size: Any) -> bool:
+    return size in (1, (1, 1), [1, 1])

@@ -1,0 +1,207 @@
+"""Tracing: a tracer that records faithfully, or says that it can't.
+
+`fx.Tracer` silently drops what its graphs can't hold: grad modes and autocast, activation checkpointing, random numbers,
+classes of outputs, the answer to ``isinstance(x, Tensor)``. Here, code that needs these raises while it is traced, and the
+module it belongs to is left alone.
+"""
+
+from __future__ import annotations
+
+import collections
+import threading
+from collections.abc import Callable
+from typing import Any, cast
+
+import torch
+from torch import Tensor, fx, nn
+
+from se_fx.capture.randomness import random_state, set_random_state
+from se_fx.capture.values import CHECKPOINT, CHECKPOINTS, Value, ambient, watched
+from se_fx.errors import reason_of
+
+__all__ = ["DRAWS", "TRACED_HOOKS", "Tracer", "has_traced_hooks"]
+
+DRAWS = "draws random numbers that a graph would freeze"
+#: Forward hooks that are looked into where their modules' children are.
+TRACED_HOOKS: set[Callable[..., Any]] = set()
+
+
+class Tracer(fx.Tracer):
+    """A tracer that records what `fx.Tracer` silently drops, and leaves alone what it can't record.
+
+    Leaves are all modules but those to be looked into; they stay whole, and so keep their buffers, hooks and modes. When
+    the code of a submodule raises, that submodule (the innermost) turns opaque and tracing goes on.
+
+    Args:
+        opaque: submodules to keep as `call_module`, by qualified name, with the reason. `self.opaque` gains those found.
+        entered: all modules whose code is to be looked into; None for every module to be a leaf.
+        inputs: values for the code to see in place of the root's arguments of these names.
+        watch_randomness: have submodules turn opaque whose code draws random numbers other than as tensors' values.
+    """
+
+    proxy_buffer_attributes = True  # else arithmetic between buffers would be done once, while tracing
+
+    def __init__(
+        self,
+        opaque: dict[str, str] | None = None,
+        entered: set[nn.Module] | None = None,
+        inputs: dict[str, Any] | None = None,
+        watch_randomness: bool = False,
+    ) -> None:
+        super().__init__(autowrap_functions=(CHECKPOINT,))
+        self.opaque = dict(opaque or {})
+        self.entered = entered or set()
+        self.inputs = inputs or {}
+        self.watch_randomness = watch_randomness
+        self.called: set[str] = set()
+        self.made: dict[str, Tensor] = {}
+        self.refused: str | None = None
+        self.own_tensors: set[int] = set()
+        self.thread = threading.get_ident()  # fx patches nn.Module for all threads; others must not notice
+        self._ambient = ambient()
+        self._copies: dict[Any, fx.Node] = {}
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        """Whether calls of `m` are recorded rather than looked into."""
+        return m not in self.entered or module_qualified_name in self.opaque
+
+    def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """Record or look into one call; a module whose code raises is recorded after all."""
+        if threading.get_ident() != self.thread:
+            return forward(*args, **kwargs)
+        name = self.path_of_module(m)
+        self.called.add(name)
+        if self.is_leaf_module(m, name):
+            if type(m).__call__ is not nn.Module.__call__ and not isinstance(m, fx.GraphModule):
+                raise self.refuse(f"calls a {type(m).__name__}, whose __call__ is its own")
+            output = super().call_module(m, forward, args, kwargs)
+            through = any(child in self.entered for child in m.children()) and has_traced_hooks(m)
+            for hook in m._forward_hooks.values() if through else ():
+                output = hook(m, args, output)
+            return output
+        stack, randomness = self.module_stack.copy(), random_state() if self.watch_randomness else None
+        try:
+            result = super().call_module(m, forward, args, kwargs)
+            if randomness is not None and random_state() != randomness:
+                set_random_state(randomness)  # lest the callers be blamed too
+                raise fx.proxy.TraceError(DRAWS)
+            if self.refused:  # and the code has caught that
+                raise fx.proxy.TraceError(self.refused)
+            return result
+        except Exception as error:
+            self.module_stack, self.refused = stack, None
+            self.opaque[name] = reason_of(error)
+            return super().call_module(m, forward, args, kwargs)
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, fx.Proxy]) -> Any:
+        """What the code being traced sees as a module's attribute: tensors are traced values."""
+        if threading.get_ident() != self.thread:
+            return attr_val
+        return super().getattr(attr, attr_val, parameter_proxy_cache)
+
+    def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
+        """Record one node, unless it needs what a graph doesn't hold: a grad mode or autocast of its own, checkpointing."""
+        if CHECKPOINT in args:
+            raise fx.proxy.TraceError(CHECKPOINTS)
+        if ambient() != self._ambient:
+            raise fx.proxy.TraceError("runs under a grad mode or autocast of its own, which a graph would drop")
+        return super().create_node(*args, **kwargs)
+
+    def create_arg(self, a: Any) -> Any:
+        """Lower an argument, keeping the class of dicts that the model's callers may rely on."""
+        if type(a) is Value:
+            if a.node.graph is not self.graph:
+                raise self.refuse("uses a value of an earlier call")
+            return a.node
+        if isinstance(a, nn.Module) and (a in self.entered or isinstance(a, nn.Conv2d)):
+            raise fx.proxy.TraceError(f"passes a {type(a).__name__} on to a function, which a graph can't look into")
+        if type(a) is collections.OrderedDict:
+            return self.create_node("call_function", type(a), ([(k, self.create_arg(v)) for k, v in a.items()],), {})
+        if isinstance(a, (dict, list, tuple)) and type(a) not in _HELD and not hasattr(a, "_fields"):
+            raise self.refuse(f"returns or passes a {type(a).__name__}")
+        node = super().create_arg(a)
+        made_here = isinstance(a, Tensor) and str(getattr(node, "target", "")).startswith("_tensor_constant")
+        return self._anew(a, cast("fx.Node", node)) if made_here else node
+
+    def _anew(self, constant: Tensor, node: fx.Node) -> fx.Node:
+        """A copy, for each call of the graph, of a tensor that the code has made: it may change it in place."""
+        if constant.grad_fn is not None:
+            raise self.refuse("computes with parameters that it did not read as attributes")
+        if node.target not in self._copies:
+            self._copies[node.target] = self.create_node("call_method", "clone", (node,), {})
+        return self._copies[node.target]
+
+    def refuse(self, reason: str) -> fx.proxy.TraceError:
+        """The error to raise where the code does what a graph can't; remembered, in case the code catches it."""
+        self.refused = reason
+        return fx.proxy.TraceError(reason)
+
+    def to_bool(self, obj: fx.Proxy) -> bool:
+        """Control flow on a value."""
+        raise self.refuse("branches on a value")
+
+    def iter(self, obj: fx.Proxy) -> Any:
+        """A loop over a value."""
+        raise self.refuse("iterates over a value")
+
+    def is_tensor(self, node: fx.Node) -> bool:
+        """Whether a node certainly yields a tensor."""
+        if node.op == "call_module":
+            return isinstance(self.root.get_submodule(str(node.target)), _PLAIN)
+        if node.op == "get_attr":
+            return True
+        name = node.target if node.op == "call_method" else getattr(node.target, "__name__", "")
+        return node.op != "placeholder" and name not in _TUPLES and any(map(self.is_tensor, node.all_input_nodes))
+
+    def create_args_for_root(self, *args: Any, **kwargs: Any) -> tuple[Any, list[Any]]:
+        """The root's function and what to call it with."""
+        function, values = super().create_args_for_root(*args, **kwargs)
+        given = [self.inputs.get(str(v.node.target).lstrip("*"), v) if type(v) is Value else v for v in values]
+        return function, given
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        """Wrap a node for the code being traced."""
+        return Value(node, self)
+
+    def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
+        """Trace `root`; see `fx.Tracer.trace`."""
+        present = set(root.__dict__)
+        tensors = (*root.parameters(), *root.buffers()) if self.entered else ()
+        self.own_tensors = {id(tensor) for tensor in tensors}
+        with torch.enable_grad():
+            self._ambient = ambient()
+            with watched(self):
+                graph = super().trace(root, concrete_args)
+        if self.refused:
+            raise fx.proxy.TraceError(self.refused)
+        for node in graph.nodes:
+            if isinstance(node.type, str):  # a postponed annotation, whose name means nothing to the graph's code
+                node.type = None
+        made = {key: value for key, value in root.__dict__.items() if key.startswith("_tensor_constant") and key not in present}
+        for key in made:
+            del root.__dict__[key]
+        self.made = made
+        return graph
+
+
+def has_traced_hooks(module: nn.Module) -> bool:
+    """Whether a module has hooks, and all of them are to be looked into."""
+    return bool(module._forward_hooks) and set(module._forward_hooks.values()) <= TRACED_HOOKS
+
+
+_TUPLES = frozenset(
+    {"split", "chunk", "unbind", "tensor_split", "max", "min", "topk", "sort", "var_mean", "std_mean", "size", "dim", "numel"}
+    | {"item", "tolist", "stride", "getattr", "getitem", "ndimension", "meshgrid", "unsafe_chunk", "mode", "median", "unique"}
+)
+_HELD = (dict, list, tuple, torch.Size, fx.immutable_collections.immutable_list, fx.immutable_collections.immutable_dict)
+_PLAIN = (
+    nn.Conv2d,
+    nn.modules.batchnorm._NormBase,
+    nn.ReLU,
+    nn.SiLU,
+    nn.GELU,
+    nn.Hardswish,
+    nn.Linear,
+    nn.GroupNorm,
+    nn.LayerNorm,
+)

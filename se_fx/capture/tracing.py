@@ -1,0 +1,156 @@
+"""Tracing: one module as graphs that run exactly as its code does, or the reason why there are none."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from se_fx.capture.randomness import random_state
+from se_fx.capture.regions import constants_of, hooked
+from se_fx.capture.snapshot import Snapshot
+from se_fx.capture.tracer import DRAWS, Tracer
+from se_fx.errors import reason_of
+
+__all__ = ["Tracing", "Untraceable"]
+
+_KEEPS_STATE = "keeps state in attributes, which a graph would not update"
+
+
+class Untraceable(Exception):
+    """The root of a region can't be traced; `called` names the submodules its code called until then."""
+
+    def __init__(self, reason: str, called: set[str]) -> None:
+        super().__init__(reason)
+        self.called = called
+
+
+class Tracing:
+    """Traces one module in both modes, retrying with ever more of its submodules opaque until all is faithful.
+
+    Args:
+        module: the module, in a scratch clone of the model.
+        entered: all modules whose code is to be looked into.
+        modes: the values of `training` to trace it for.
+
+    Attributes:
+        opaque: the submodules that stay calls, by name in the module, each with the reason.
+        constants: tensors that the code has made, by the attribute names that the graphs use.
+        called: the submodules that the code has called.
+    """
+
+    def __init__(self, module: nn.Module, entered: set[nn.Module], modes: tuple[bool, ...]) -> None:
+        self.module = module
+        self.entered = entered
+        self.modes = modes
+        self.opaque: dict[str, str] = {}
+        self.constants = constants_of(module)
+        self.called: set[str] = set()
+        for name, child in module.named_modules():
+            if child is module or child not in entered:
+                continue
+            if hooked(child):
+                self.opaque[name] = "has hooks, which a graph would drop"
+            elif type(child).train is not nn.Module.train:
+                self.opaque[name] = "has a train() of its own, which sets modes that a graph would not see"
+            elif child.training != module.training:
+                self.opaque[name] = "is in another mode (train or eval) than the module around it"
+
+    def graphs(self) -> dict[bool, fx.Graph]:
+        """The graph by `training`."""
+        while True:
+            known = len(self.opaque)
+            graphs = {training: self._trace(training) for training in self.modes}
+            if len(self.opaque) == known:
+                break
+        if self._depends_on_optional_arguments(graphs[False]):
+            raise Untraceable("its code depends on optional arguments of forward", self.called)
+        nodes = [node for graph in graphs.values() for node in graph.nodes]
+        called = {node.target for node in nodes if node.op == "call_module"}
+        read = {node.target for node in nodes if node.op == "get_attr"}
+        self.opaque = {name: reason for name, reason in self.opaque.items() if name in called}
+        self.constants = {name: constant for name, constant in self.constants.items() if name in read}
+        one = True not in graphs or _agree(graphs[True], graphs[False])
+        return dict.fromkeys((True, False), graphs[False]) if one else graphs
+
+    def _trace(self, training: bool, defaults: dict[str, Any] | None = None, watch: bool = False) -> fx.Graph:
+        if "forward" in self.module.__dict__:
+            raise Untraceable("its forward was replaced on the instance", self.called)
+        snapshot = Snapshot(self._inlined(), training)
+        tracer = Tracer(self.opaque, self.entered, defaults, watch)
+        randomness = random_state()
+        try:
+            graph = tracer.trace(self.module)
+        except Exception as error:
+            raise Untraceable(reason_of(error), self.called | tracer.called) from error
+        finally:
+            changed = snapshot.undo()
+        if random_state() != randomness and not watch:
+            return self._trace(training, defaults, watch=True)
+        if random_state() != randomness and tracer.opaque == self.opaque:
+            raise Untraceable(DRAWS, self.called)
+        for name, module in changed.items():
+            if module is self.module:
+                raise Untraceable(_KEEPS_STATE, self.called | tracer.called)
+            tracer.opaque[name] = _KEEPS_STATE
+        self.opaque.update(tracer.opaque)
+        self.called |= tracer.called
+        self._keep(tracer.made, graph, "train" if training else "eval")
+        return graph
+
+    def _inlined(self) -> dict[str, nn.Module]:
+        """The modules whose own code the trace will run, by name."""
+        return {
+            name: module
+            for name, module in self.module.named_modules()
+            if module in self.entered and not any(name == outer or name.startswith(outer + ".") for outer in self.opaque)
+        }
+
+    def _keep(self, made: dict[str, Tensor], graph: fx.Graph, mode: str) -> None:
+        """Keep the constants of one trace, under another name where the other mode's trace made a different one."""
+        for name, constant in made.items():
+            known = self.constants.get(name)
+            if known is None or (known.dtype == constant.dtype and torch.equal(known, constant)):
+                self.constants[name] = constant
+                continue
+            self.constants[f"{name}_{mode}"] = constant
+            for node in graph.nodes:
+                if node.op == "get_attr" and node.target == name:
+                    node.target = f"{name}_{mode}"
+
+    def _depends_on_optional_arguments(self, graph: fx.Graph) -> bool:
+        """Whether the code goes another way with some arguments left out, or None: `if mask is not None` can't be seen."""
+        _, *parameters = inspect.signature(type(self.module).forward).parameters.values()
+        used = {node.target for node in graph.nodes if node.op == "placeholder" and node.users}
+        if any(f"{stars}{p.name}" in used for p in parameters for stars in ("*", "**")):
+            return True
+        defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
+        variants = [{name: value} for name, value in defaults.items()] + [{p.name: None} for p in parameters[1:]]
+        variants += [defaults] if len(defaults) > 1 else []
+        variants += [{n: v for n, v in defaults.items() if n != name} for name in defaults if len(defaults) > 2]
+        return any(not self._goes_the_same_way(graph, values) for values in variants)
+
+    def _goes_the_same_way(self, graph: fx.Graph, values: dict[str, Any]) -> bool:
+        try:
+            return _agree(graph, self._trace(False, values), values)
+        except Untraceable:
+            return all(value is None for value in values.values())  # and so would the graph fail, run on None
+
+
+def _agree(a: fx.Graph, b: fx.Graph, inputs: dict[str, Any] | None = None) -> bool:
+    """Whether two traces are the same, node by node, once the placeholders of `a` in `inputs` have these values.
+
+    A node's name follows from its target and position, so names stand for nodes.
+    """
+
+    def lines(graph: fx.Graph, values: dict[str, Any]) -> list[Any]:
+        def value_of(node: fx.Node) -> Any:
+            return values.get(str(node.target), node) if node.op == "placeholder" else node
+
+        return [
+            (node.op, node.name, node.target, repr(fx.node.map_arg((node.args, node.kwargs), value_of))) for node in graph.nodes
+        ]
+
+    return lines(a, inputs or {}) == lines(b, {})

@@ -1,0 +1,96 @@
+"""Fakes: a model and its inputs on tensors that have shapes, but no memory and no values."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from se_fx.capture import clone
+from se_fx.errors import SqueezeExciteError, blaming
+
+__all__ = ["as_batches", "as_call", "calling", "describe_call", "faked"]
+
+Call = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+def as_call(example_inputs: Any, argument: str = "example_inputs") -> Call:
+    """Positional and keyword arguments of a call from `example_inputs`: a tensor, a tuple, or a dict of keyword arguments.
+
+    Raises:
+        SqueezeExciteError: it is something else; names `argument`.
+    """
+    if isinstance(example_inputs, Tensor):
+        return (example_inputs,), {}
+    if isinstance(example_inputs, (tuple, list)):
+        return tuple(example_inputs), {}
+    if isinstance(example_inputs, Mapping) and all(isinstance(name, str) for name in example_inputs):
+        return (), dict(example_inputs)
+    raise SqueezeExciteError(
+        f"{argument}={type(example_inputs).__name__}: expected a tensor, a tuple of positional arguments, "
+        "or a dict of keyword arguments"
+    )
+
+
+def describe_call(call: Call) -> str:
+    """The shapes of a call's tensors, for errors."""
+    args, kwargs = call
+    parts = [tuple(arg.shape) if isinstance(arg, Tensor) else type(arg).__name__ for arg in (*args, *kwargs.values())]
+    return f"inputs {', '.join(map(str, parts))}" if parts else "no inputs"
+
+
+def as_batches(batches: Any, argument: str) -> Iterable[Any]:
+    """Batches, one after the other.
+
+    Raises:
+        SqueezeExciteError: they can't be iterated, or are a single batch.
+    """
+    if isinstance(batches, (Tensor, str, Mapping)) or not isinstance(batches, Iterable):
+        raise SqueezeExciteError(f"{argument}={type(batches).__name__}: expected batches; for a single one, {argument}=[batch]")
+    return batches
+
+
+def calling(argument: str, call: Call) -> contextlib.AbstractContextManager[None]:
+    """Within, a model is called with what the caller gave for `argument`; the error says so, if that fails."""
+    return blaming(f"{argument}: the model could not be called with {describe_call(call)}")
+
+
+@contextlib.contextmanager
+def faked(model: nn.Module, call: Call) -> Iterator[tuple[nn.Module, Call]]:
+    """Within, a copy of `model` and a call, all of whose tensors are fake; meta tensors get the device of the others."""
+    copied = clone(model)
+    devices = [t.device for t in tree_leaves(call) if isinstance(t, Tensor)]
+    devices += [parameter.device for parameter in copied.parameters()]
+    device = next((d for d in devices if d.type != "meta"), torch.device("cpu"))
+    fakes: dict[Tensor, Tensor] = {}
+    with _quiet(), FakeTensorMode(allow_non_fake_inputs=True):
+
+        def fake(tensor: Tensor) -> Tensor:
+            if tensor not in fakes:
+                where = device if tensor.device.type == "meta" else tensor.device
+                empty = torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype, device=where)
+                fakes[tensor] = nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
+            return fakes[tensor]
+
+        for module in copied.modules():
+            if not isinstance(module, torch.jit.ScriptModule):
+                for tensors in (cast("dict[str, Any]", module._parameters), cast("dict[str, Any]", module._buffers)):
+                    tensors.update({name: fake(tensor) for name, tensor in tensors.items() if tensor is not None})
+        yield copied, cast("Call", tree_map_only(Tensor, fake, call))
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Within, PyTorch doesn't log the errors that it raises on fake tensors: who calls is told of them."""
+    log = logging.getLogger("torch._subclasses.fake_tensor")
+    disabled, log.disabled = log.disabled, True
+    try:
+        yield
+    finally:
+        log.disabled = disabled

@@ -1,0 +1,24 @@
+"""Measure: models and data in, figures out: timings, memory, what gates do, what becomes of outputs.
+
+Timing knows nothing of blocks; what reads and folds trained gates does.
+"""
+
+from se_fx.measure.bench import bench
+from se_fx.measure.changes import Changes
+from se_fx.measure.folding import FoldedSite, Folding, KeptSite, fold_gates
+from se_fx.measure.gates import GateProfile, SiteGates, profile_gates
+from se_fx.measure.timings import Benchmark, Row
+
+__all__ = [
+    "Benchmark",
+    "Changes",
+    "FoldedSite",
+    "Folding",
+    "GateProfile",
+    "KeptSite",
+    "Row",
+    "SiteGates",
+    "bench",
+    "fold_gates",
+    "profile_gates",
+]

@@ -1,0 +1,45 @@
+"""The placements at every Conv2d: directly after it, or after the norm that follows it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from torch import fx, nn
+
+from se_fx.analysis import Modules, called, modules_of
+from se_fx.placement.spot import Spot
+
+__all__ = ["conv", "norm"]
+
+
+def conv(graph: fx.Graph, root: nn.Module) -> Iterator[Spot]:
+    """Directly after each Conv2d (MosaicML Composer's placement): one block for a module, applied at each of its calls."""
+    for module, nodes in _conv_calls(graph, modules_of(root)).items():
+        yield Spot(str(nodes[0].target), module.out_channels, tuple(nodes))
+
+
+def norm(graph: fx.Graph, root: nn.Module) -> Iterator[Spot]:
+    """After the normalisation that follows each Conv2d, so that the two still fuse for inference."""
+    modules = modules_of(root)
+    for module, nodes in _conv_calls(graph, modules).items():
+        norms = [_norm_after(node, modules) for node in nodes]
+        if all(node is not None for node in norms):
+            yield Spot(str(nodes[0].target), module.out_channels, tuple(node for node in norms if node is not None))
+
+
+def _conv_calls(graph: fx.Graph, modules: Modules) -> dict[nn.Conv2d, list[fx.Node]]:
+    calls: dict[nn.Conv2d, list[fx.Node]] = {}
+    for node in graph.nodes:
+        module = called(node, modules)
+        if isinstance(module, nn.Conv2d):
+            calls.setdefault(module, []).append(node)
+    return calls
+
+
+def _norm_after(node: fx.Node, modules: Modules) -> fx.Node | None:
+    for user in node.users:
+        module = called(user, modules)
+        name = type(module).__name__ if module is not None else getattr(user.target, "__name__", "")
+        if "norm" in name.lower() and user.args[:1] == (node,):
+            return user
+    return None

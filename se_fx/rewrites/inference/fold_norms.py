@@ -1,0 +1,66 @@
+"""Folding norms: one with fixed statistics, s u + t of each channel, goes into what computes u.
+
+s (W x + b) + t = (s W) x + (s b + t)        into the convolution before it
+s (u g) + t     = u (s g) + t                behind a block, into the block's gate
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import cast
+
+import torch
+from torch import fx, nn
+
+from se_fx.capture import clone
+from se_fx.rewrites.algebra import Algebra
+from se_fx.rewrites.change import Change, place_of
+from se_fx.rewrites.editing import insert_buffer, insert_call, replace, sweep
+from se_fx.rewrites.terms import Affine, Scale, with_parameters
+
+__all__ = ["fold_norms"]
+
+
+def fold_norms(algebra: Algebra) -> Iterator[Change]:
+    """A norm with fixed statistics goes into the convolution before it; behind a gate, its scale goes into the gate."""
+    for node in list(algebra.graph.nodes):
+        norm = algebra.normalization(node)
+        if norm is None:
+            continue
+        conv, scale = algebra.convolution(norm.source), algebra.scale(norm.source)
+        if conv is None and scale is None:
+            continue
+        if algebra.readers(norm.source) != [node]:
+            yield Change(place_of(node), False, f"others read {place_of(norm.source)} too")
+        elif conv is not None:
+            yield _into_conv(algebra, conv, norm, node)
+        elif scale is not None:
+            yield _into_gate(algebra, scale, norm, node)
+
+
+def _into_conv(algebra: Algebra, conv: nn.Conv2d, norm: Affine, node: fx.Node) -> Change:
+    like = conv.weight
+    weight = like.detach().to(norm.weight) * norm.weight[:, None, None, None]
+    bias = norm.bias if conv.bias is None else conv.bias.detach().to(norm.weight) * norm.weight + norm.bias
+    folded = with_parameters(cast("nn.Conv2d", clone(conv)), weight.to(like), bias.to(like))
+    source = norm.source
+    with algebra.graph.inserting_before(source):
+        new = insert_call(algebra, source, "folded", folded, source.all_input_nodes[0])
+    change = Change(place_of(node), True, f"into {place_of(source)}")
+    replace(algebra, node, new)
+    replace(algebra, source, new)
+    return change
+
+
+def _into_gate(algebra: Algebra, scale: Scale, norm: Affine, node: fx.Node) -> Change:
+    with algebra.graph.inserting_before(node):
+        factor, summand = (
+            insert_buffer(algebra, node, name, each.to(norm.dtype)[None, :, None, None])
+            for name, each in (("scale", norm.weight), ("shift", norm.bias))
+        )
+        gate = algebra.graph.call_function(torch.mul, (scale.gate, factor))
+        new = algebra.graph.call_function(torch.addcmul, (summand, scale.value, gate))
+    change = Change(place_of(node), True, f"its scale into the gate of {place_of(scale.value)}")
+    replace(algebra, node, new)
+    sweep(algebra, scale.node)
+    return change
