@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import importlib
 import json
 import random
 import sys
@@ -21,9 +20,9 @@ from torch._dynamo.testing import CompileCounter
 import se_fx
 from se_fx import SqueezeExciteError
 from se_fx.measure import Row
+from se_fx.measure import benchmark as bench_module
 from se_fx.measure.memory import peak_bytes
 
-bench_module = importlib.import_module("se_fx.measure.bench")  # the function of this name shadows the module
 bench = bench_module.bench
 
 X = torch.zeros(2, 3, 8, 8)

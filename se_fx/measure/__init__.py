@@ -3,7 +3,7 @@
 Timing knows nothing of blocks; what reads and folds trained gates does.
 """
 
-from se_fx.measure.bench import bench
+from se_fx.measure.benchmark import bench
 from se_fx.measure.changes import Changes
 from se_fx.measure.folding import FoldedSite, Folding, KeptSite, fold_gates
 from se_fx.measure.gates import GateProfile, SiteGates, profile_gates

@@ -3,15 +3,14 @@
 A plan is plain data. Knows nothing of how blocks are inserted, nor how reports show what was.
 """
 
-from se_fx.planning.choosing import Choice, choose, fit
+from se_fx.planning.choosing import choose, fit
 from se_fx.planning.options import BlockFactory, Function, Options, Overrides
-from se_fx.planning.plan import Plan, give_plan, plan_of, plan_within, take_plans
+from se_fx.planning.plan import Plan, give_plan, plan_of, take_plans
 from se_fx.planning.site import Site, Skip
 from se_fx.planning.tables import percent, site_table
 
 __all__ = [
     "BlockFactory",
-    "Choice",
     "Function",
     "Options",
     "Overrides",
@@ -23,7 +22,6 @@ __all__ = [
     "give_plan",
     "percent",
     "plan_of",
-    "plan_within",
     "site_table",
     "take_plans",
 ]

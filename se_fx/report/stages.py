@@ -80,8 +80,9 @@ def ranges(names: Iterable[str]) -> dict[str, list[str]]:
     found: dict[str, list[str]] = {}
     for alike in by_kind.values():
         positions = range(len(re.findall(r"\d+", alike[0])))
-        foldings = [_folded(alike, position) for position in positions] or [{name: [name] for name in alike}]
-        found |= min(foldings, key=lambda folding: len(folding))
+        foldings: list[dict[str, list[str]]] = [_folded(alike, position) for position in positions]
+        shortest = min(foldings, key=len, default={name: [name] for name in alike})
+        found.update(shortest)
     return found
 
 
