@@ -41,14 +41,14 @@ class TwoRegions(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.a, self.b = (nn.Sequential(nn.Conv2d(3, 3, 1), nn.ReLU()) for _ in range(2))
+        self.a, self.b = TwoModes(), TwoModes()
 
     def forward(self, x: Tensor) -> Tensor:
         return self.a(x) if x.sum() > 0 else self.b(x)
 
 
 @pytest.mark.parametrize(
-    ("model", "graphs"), [(nn.Sequential(nn.Conv2d(3, 8, 1), nn.ReLU()), 1), (TwoModes(), 2), (TwoRegions(), 2)]
+    ("model", "graphs"), [(nn.Sequential(nn.Conv2d(3, 8, 1), nn.ReLU()), 1), (TwoModes(), 2), (TwoRegions(), 4)]
 )
 @pytest.mark.parametrize("call", [se_fx.transform, se_fx.plan])
 def test_a_policy_is_called_once_for_each_graph(call: Any, model: nn.Module, graphs: int) -> None:
