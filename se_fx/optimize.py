@@ -11,26 +11,12 @@ import torch
 from torch import Tensor, fx, nn
 
 from se_fx.analysis import called, modules_of
-from se_fx.capture import (
-    Capture,
-    GraphRegion,
-    add_constants,
-    capture,
-    clone,
-    collector_paused,
-    copied,
-    has_traced_hooks,
-    hooked,
-    is_foreign,
-    own_class,
-    restore_code,
-    run_graphs,
-    view,
-)
+from se_fx.capture import Capture, capture, collector_paused
 from se_fx.cost import NEEDS_VALUES, Call, as_call, faked, measure
 from se_fx.errors import SqueezeExciteError, hint, shown
 from se_fx.insertion import withdraw
 from se_fx.planning import take_plans
+from se_fx.regions import EXCITE, GraphRegion, add_constants, clone, copied, hooked, own_class, restore_code, run_graphs, view
 from se_fx.rewrites import REWRITES, Algebra, Change, Optimization, Rewrite, Step, give_optimization, optimization_of
 
 __all__ = ["optimize_for_inference"]
@@ -142,11 +128,11 @@ def _strip(region: fx.GraphModule) -> None:
         if isinstance(module, _IDLE) and not hooked(module) and not module.training and len(node.all_input_nodes) == 1:
             node.replace_all_uses_with(node.all_input_nodes[0])
             region.graph.erase_node(node)
-        elif module is not None and has_traced_hooks(module) and any(map(is_foreign, module.children())):
+        elif module is not None and EXCITE in node.kwargs:
             plain = clone(module)
             withdraw(plain)
             region.add_submodule(f"{node.target}_plain", plain)
-            node.target = f"{node.target}_plain"
+            node.target, node.kwargs = f"{node.target}_plain", {}
 
 
 _IDLE = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
@@ -181,8 +167,7 @@ def _assembled(base: nn.Module, views: Mapping[str, fx.GraphModule]) -> nn.Modul
         graph, _ = copied(region.graph)
         for node in graph.nodes:
             _bring(module, region, node)
-        evaluate, train = view(module, graph), view(module, _refusal(graph))
-        run_graphs(module, {False: evaluate, True: train}, as_graph_module=not path)
+        run_graphs(module, {False: graph, True: _refusal(graph)}, as_graph_module=not path, keeps_class=False)
         if isinstance(module, GraphRegion) and not isinstance(module, own_class(module)):
             _prune(module)
     return model

@@ -14,7 +14,8 @@ from torch import Tensor, fx, nn
 from torch.func import functional_call
 from torch.utils._pytree import tree_leaves
 
-from se_fx.capture import hooked, random_state, set_random_state
+from se_fx.capture import random_state, set_random_state
+from se_fx.regions import hooked
 
 __all__ = ["channels", "maps_and_vectors"]
 

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from se_fx.capture import Inserted
+from se_fx.regions import Inserted
 
 __all__ = [
     "ADDS",

@@ -20,11 +20,11 @@ from dataclasses import dataclass, field
 
 from torch import Tensor, fx, nn
 
-from se_fx.capture.cloning import clone
 from se_fx.capture.plain import check_plain
 from se_fx.capture.randomness import random_state, set_random_state
-from se_fx.capture.regions import Inserted
+from se_fx.capture.tracer import Call
 from se_fx.capture.tracing import Tracing, Untraceable
+from se_fx.regions import Inserted, clone, restore_code
 
 __all__ = ["Capture", "Region", "capture", "collector_paused", "is_foreign"]
 
@@ -38,12 +38,14 @@ class Region:
         module: the module the graphs' targets refer to, in a scratch clone of the model. To be read, never run.
         graphs: the graph by `training`, one object under both keys where the modes agree; None for a lone Conv2d.
         constants: tensors that the model's code made while being traced, by the attribute name the graphs use.
+        calls: the tree of calls behind each graph.
     """
 
     path: str
     module: nn.Module
     graphs: dict[bool, fx.Graph] | None
     constants: dict[str, Tensor] = field(default_factory=dict)
+    calls: dict[fx.Graph, Call] = field(default_factory=dict)
 
     def convs(self) -> dict[nn.Module, str]:
         """The Conv2d modules the region calls, with their names in it; a lone Conv2d's is empty."""
@@ -86,6 +88,9 @@ def capture(model: nn.Module, *, finely: bool = False) -> Capture:
     """
     check_plain(model)
     scratch = clone(model)
+    for module in scratch.modules():
+        if not module.__dict__.get("_edited"):  # its code holds the same, and says what calls what
+            restore_code(module, hosts=False)
     entered = set(filter(is_foreign, scratch.modules())) if finely else _conv_holders(scratch)
     names = {id(module): name for name, module in scratch.named_modules()}
     regions: list[Region] = []
@@ -101,7 +106,7 @@ def capture(model: nn.Module, *, finely: bool = False) -> Capture:
             return
         try:
             tracing = Tracing(module, entered, (False,) if finely else (True, False))
-            region = Region(path, module, tracing.graphs(), tracing.constants)
+            region = Region(path, module, tracing.graphs(), tracing.constants, tracing.calls)
         except Untraceable as untraceable:
             opaque[path] = str(untraceable)
             for child in _called_children(module, untraceable.called):

@@ -10,6 +10,7 @@ from __future__ import annotations
 import collections
 import threading
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
@@ -18,12 +19,30 @@ from torch import Tensor, fx, nn
 from se_fx.capture.randomness import random_state, set_random_state
 from se_fx.capture.values import CHECKPOINT, CHECKPOINTS, Value, ambient, watched
 from se_fx.errors import reason_of
+from se_fx.regions import EXCITE, excitement
 
-__all__ = ["DRAWS", "TRACED_HOOKS", "Tracer", "has_traced_hooks"]
+__all__ = ["DRAWS", "Call", "Tracer"]
 
 DRAWS = "draws random numbers that a graph would freeze"
-#: Forward hooks that are looked into where their modules' children are.
-TRACED_HOOKS: set[Callable[..., Any]] = set()
+
+
+@dataclass(eq=False)
+class Call:
+    """One call of a module that was looked into.
+
+    Attributes:
+        path: the module's qualified name in the root; empty for the root's own.
+        caller: the call whose code made it; None for the root's own.
+        inputs: the traced values it was given, by position or by name.
+        steps: what its code did, in order: operators and calls of other modules, as nodes; calls of those looked into.
+        output: the node that it returned, where it returned one value.
+    """
+
+    path: str
+    caller: Call | None = None
+    inputs: dict[int | str, fx.Node] = field(default_factory=dict)
+    steps: list[fx.Node | Call] = field(default_factory=list)
+    output: fx.Node | None = None
 
 
 class Tracer(fx.Tracer):
@@ -54,6 +73,7 @@ class Tracer(fx.Tracer):
         self.inputs = inputs or {}
         self.watch_randomness = watch_randomness
         self.called: set[str] = set()
+        self.calls = self._call = Call("")
         self.made: dict[str, Tensor] = {}
         self.refused: str | None = None
         self.own_tensors: set[int] = set()
@@ -74,11 +94,15 @@ class Tracer(fx.Tracer):
         if self.is_leaf_module(m, name):
             if type(m).__call__ is not nn.Module.__call__ and not isinstance(m, fx.GraphModule):
                 raise self.refuse(f"calls a {type(m).__name__}, whose __call__ is its own")
-            output = super().call_module(m, forward, args, kwargs)
-            through = any(child in self.entered for child in m.children()) and has_traced_hooks(m)
-            for hook in m._forward_hooks.values() if through else ():
-                output = hook(m, args, output)
+            blocks = excitement(m)
+            output = super().call_module(m, forward, args, {**kwargs, EXCITE: False} if blocks else kwargs)
+            for container, block in blocks:  # seen as nodes of their own
+                output = getattr(container, block)(output)
             return output
+        given = {**dict(enumerate(args)), **kwargs}
+        call = Call(name, self._call, {key: value.node for key, value in given.items() if type(value) is Value})
+        steps, self._call = len(self._call.steps), call
+        call.caller.steps.append(call)  # type: ignore[union-attr]
         stack, randomness = self.module_stack.copy(), random_state() if self.watch_randomness else None
         try:
             result = super().call_module(m, forward, args, kwargs)
@@ -87,9 +111,12 @@ class Tracer(fx.Tracer):
                 raise fx.proxy.TraceError(DRAWS)
             if self.refused:  # and the code has caught that
                 raise fx.proxy.TraceError(self.refused)
+            call.output = result.node if type(result) is Value else None
+            self._call = call.caller  # type: ignore[assignment]
             return result
         except Exception as error:
-            self.module_stack, self.refused = stack, None
+            self.module_stack, self.refused, self._call = stack, None, call.caller  # type: ignore[assignment]
+            del self._call.steps[steps:]
             self.opaque[name] = reason_of(error)
             return super().call_module(m, forward, args, kwargs)
 
@@ -105,7 +132,10 @@ class Tracer(fx.Tracer):
             raise fx.proxy.TraceError(CHECKPOINTS)
         if ambient() != self._ambient:
             raise fx.proxy.TraceError("runs under a grad mode or autocast of its own, which a graph would drop")
-        return super().create_node(*args, **kwargs)
+        node = super().create_node(*args, **kwargs)
+        if node.op.startswith("call_"):
+            self._call.steps.append(node)
+        return node
 
     def create_arg(self, a: Any) -> Any:
         """Lower an argument, keeping the class of dicts that the model's callers may rely on."""
@@ -182,11 +212,6 @@ class Tracer(fx.Tracer):
             del root.__dict__[key]
         self.made = made
         return graph
-
-
-def has_traced_hooks(module: nn.Module) -> bool:
-    """Whether a module has hooks, and all of them are to be looked into."""
-    return bool(module._forward_hooks) and set(module._forward_hooks.values()) <= TRACED_HOOKS
 
 
 _TUPLES = frozenset(

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, fx, nn
 
 from se_fx.capture.randomness import random_state
-from se_fx.capture.regions import constants_of, hooked
 from se_fx.capture.snapshot import Snapshot
-from se_fx.capture.tracer import DRAWS, Tracer
+from se_fx.capture.tracer import DRAWS, Call, Tracer
 from se_fx.errors import reason_of
+from se_fx.regions import constants_of, hooked
 
 __all__ = ["Tracing", "Untraceable"]
 
@@ -39,6 +39,7 @@ class Tracing:
         opaque: the submodules that stay calls, by name in the module, each with the reason.
         constants: tensors that the code has made, by the attribute names that the graphs use.
         called: the submodules that the code has called.
+        calls: the tree of calls behind each graph.
     """
 
     def __init__(self, module: nn.Module, entered: set[nn.Module], modes: tuple[bool, ...]) -> None:
@@ -48,6 +49,7 @@ class Tracing:
         self.opaque: dict[str, str] = {}
         self.constants = constants_of(module)
         self.called: set[str] = set()
+        self.calls: dict[fx.Graph, Call] = {}
         for name, child in module.named_modules():
             if child is module or child not in entered:
                 continue
@@ -97,6 +99,7 @@ class Tracing:
             tracer.opaque[name] = _KEEPS_STATE
         self.opaque.update(tracer.opaque)
         self.called |= tracer.called
+        self.calls[graph] = tracer.calls
         self._keep(tracer.made, graph, "train" if training else "eval")
         return graph
 

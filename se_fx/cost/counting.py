@@ -24,9 +24,9 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicO
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from se_fx.capture import clone
 from se_fx.cost.fakes import Call, as_call, calling, faked
 from se_fx.cost.rules import FREE, POINTWISE, RULES, written
+from se_fx.regions import clone
 
 __all__ = ["NEEDS_VALUES", "NO_COST", "Cost", "Measurement", "Operator", "measure"]
 

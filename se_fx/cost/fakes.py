@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from se_fx.capture import clone
 from se_fx.errors import SqueezeExciteError, blaming
+from se_fx.regions import clone
 
 __all__ = ["as_batches", "as_call", "calling", "describe_call", "faked"]
 

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from se_fx.capture import clone
 from se_fx.cost import as_call, calling
 from se_fx.errors import SqueezeExciteError
 from se_fx.measure.gates import labelled
 from se_fx.measure.progress import progress_bar
+from se_fx.regions import clone
 
 __all__ = ["Changes", "compare"]
 

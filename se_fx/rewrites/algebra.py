@@ -17,7 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import parametrize
 
 from se_fx.analysis import ADDS, PRODUCTS, called, changes_in_place, describes, maps_and_vectors, modules_of, pools_globally
-from se_fx.capture import hooked
+from se_fx.regions import hooked
 from se_fx.rewrites.products import VectorLinear
 from se_fx.rewrites.terms import Affine, Scale, affine, exact, is_pointwise, pointwise, with_parameters
 

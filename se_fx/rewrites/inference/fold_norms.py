@@ -12,7 +12,7 @@ from typing import cast
 import torch
 from torch import fx, nn
 
-from se_fx.capture import clone
+from se_fx.regions import clone
 from se_fx.rewrites.algebra import Algebra
 from se_fx.rewrites.change import Change, place_of
 from se_fx.rewrites.editing import insert_buffer, insert_call, replace, sweep
