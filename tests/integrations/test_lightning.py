@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import pickle
 import subprocess
 import sys
@@ -469,7 +470,9 @@ def test_two_ranks_insert_equal_blocks_and_train_as_one(tmp_path: Path) -> None:
         (tmp_path / name).mkdir()
     torch.manual_seed(0)
     train_on(1, tmp_path / "one")
-    subprocess.run([sys.executable, __file__, str(tmp_path / "two")], check=True, capture_output=True, timeout=300)
+    paths = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, __file__, str(tmp_path / "two")]
+    subprocess.run(command, env=paths, check=True, capture_output=True, timeout=300)
     for name in ("inserted", "trained"):
         one, first, second = (torch.load(tmp_path / file) for file in (f"one/{name}0.pt", f"two/{name}0.pt", f"two/{name}1.pt"))
         assert len(one) > 0
@@ -478,8 +481,6 @@ def test_two_ranks_insert_equal_blocks_and_train_as_one(tmp_path: Path) -> None:
 
 
 if __name__ == "__main__":  # one rank of two; Lightning starts the other
-    import os
-
     torch.set_num_threads(1)
     torch.manual_seed(int(os.environ.get("LOCAL_RANK", 0)))  # ranks that seed themselves differently
     train_on(2, Path(sys.argv[1]))
