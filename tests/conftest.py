@@ -17,6 +17,8 @@ from se_fx import blocks, cost, criteria, placement, rewrites
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)
 
+for helper in ("excited", "folds", "promises", "trained", "two_convs"):
+    pytest.register_assert_rewrite(helper)  # so that what they assert tells as much as in a test
 
 slow = {"deadline": None, "suppress_health_check": list(HealthCheck), "phases": set(Phase) - {Phase.explain}}
 settings.register_profile("few", max_examples=100, derandomize=True, **slow)

@@ -10,21 +10,20 @@ import threading
 import pytest
 import torch
 import torchvision
-from test_copies import weights
 from torch import Tensor, fx, nn
 
 import se_fx
-
-
-def convs_with(model: nn.Module, least: int) -> list[str]:
-    return [name for name, m in model.named_modules() if isinstance(m, nn.Conv2d) and m.out_channels >= least]
 
 
 def inserted(gm: nn.Module) -> list[fx.Node]:
     return [node for node in gm.graph.nodes if node.op == "call_module" and str(node.target).startswith("squeeze_excite.")]
 
 
-# ----------------------------------------------------------------------------------------------------------------- sites
+# ---------------------------------------------------------------------------------------------------------------- sites
+def convs_with(model: nn.Module, least: int) -> list[str]:
+    return [name for name, m in model.named_modules() if isinstance(m, nn.Conv2d) and m.out_channels >= least]
+
+
 def test_resnet50_gets_one_block_for_every_conv_of_512_or_more_output_channels() -> None:
     model = torchvision.models.resnet50()
     before = {key: (value, value.clone()) for key, value in model.state_dict(keep_vars=True).items()}
@@ -163,126 +162,7 @@ def test_a_lone_conv_stays_a_conv() -> None:
     assert [site.name for site in se_fx.report(result, x).sites] == [""]
 
 
-# ------------------------------------------------------------------------------------------------------------------ seed
-def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
-    assert a
-    assert a.keys() == b.keys()
-    return all(torch.equal(a[key], b[key]) for key in a)
-
-
-def drawn_under(own: int, model: nn.Module, **options) -> dict[str, torch.Tensor]:
-    """The blocks' weights when the global generator is at a seed of its own."""
-    torch.manual_seed(own)
-    state = torch.get_rng_state()
-    drawn = weights(se_fx.transform(model, min_channels=1, **options))
-    assert torch.equal(torch.get_rng_state(), state) == ("seed" in options)
-    return drawn
-
-
-def test_one_seed_one_set_of_weights_whatever_the_global_generator() -> None:
-    model = torchvision.models.resnet18()
-    drawn = drawn_under(1, model, seed=7)
-    assert same(drawn, drawn_under(2, model, seed=7))
-    assert not same(drawn, drawn_under(1, model, seed=8))
-    assert same(drawn, drawn_under(7, model))  # what the global generator gives at that seed
-    assert not same(drawn, drawn_under(1, model))
-
-
-def test_a_seed_is_for_plans_other_blocks_and_identity_too(cnn: nn.Sequential) -> None:
-    plan = se_fx.plan(cnn, min_channels=1)
-    assert same(weights(se_fx.transform(cnn, plan, seed=7)), drawn_under(1, cnn, seed=7))
-    factory = lambda channels: nn.Conv2d(channels, channels, 1)  # noqa: E731
-    assert same(drawn_under(1, cnn, block=factory, seed=7), drawn_under(2, cnn, block=factory, seed=7))
-    identity = drawn_under(1, cnn, init="identity", seed=7)
-    assert same(identity, drawn_under(2, cnn, init="identity", seed=7))
-    assert not any(value.any() for key, value in identity.items() if "fc2" in key)
-    x = torch.randn(2, 3, 8, 8)
-    assert torch.equal(se_fx.transform(cnn.eval(), min_channels=1, init="identity", seed=7)(x), cnn(x))
-
-
-def test_apply_squeeze_excite_draws_from_a_seed_as_transform_does(cnn: nn.Sequential) -> None:
-    expected = drawn_under(1, cnn, seed=7)
-    state = torch.get_rng_state()
-    se_fx.apply_squeeze_excite(cnn, min_channels=1, seed=7)
-    assert torch.equal(torch.get_rng_state(), state)
-    assert same(
-        {f"squeeze_excite.{key.replace('.squeeze_excite', '')}": value for key, value in weights(cnn).items()}, expected
-    )
-
-
-def test_seeded_weights_are_drawn_on_the_cpu_and_go_where_the_conv_is(cnn: nn.Sequential) -> None:
-    drawn = drawn_under(1, cnn, seed=7)
-    with torch.device("meta"):  # another default device, such as an accelerator
-        assert same(drawn, drawn_under(1, cnn, seed=7))
-        made = []
-        factory = lambda channels: made.append(nn.Linear(channels, channels)) or nn.Identity()  # noqa: E731
-        se_fx.transform(cnn, min_channels=1, block=factory, seed=7)
-        assert {layer.weight.device.type for layer in made[-2:]} == {"cpu"}
-    on_meta = se_fx.transform(cnn.to("meta"), min_channels=1, seed=7)
-    assert {p.device.type for p in on_meta.parameters()} == {"meta"}
-
-
-# -------------------------------------------------------------------------------------------------------------- identity
-@pytest.mark.parametrize("name", ["resnet50", "mobilenet_v2", "densenet121", "vgg11_bn"])
-@pytest.mark.parametrize("training", [False, True])
-def test_identity_is_bitwise(name: str, training: bool) -> None:
-    model = torchvision.models.get_model(name, num_classes=10).train(training)
-    gm = se_fx.transform(model, min_channels=64, latent_channels=8, init="identity")
-    assert len(inserted(gm)) > 4
-    assert_equal_outputs(model, gm, torch.randn(2, 3, 64, 64))
-
-
-@pytest.mark.parametrize("training", [False, True])
-def test_identity_is_bitwise_on_a_pretrained_network(lite0: nn.Module, training: bool) -> None:
-    model = copy.deepcopy(lite0).train(training)
-    gm = se_fx.transform(model, init="identity")
-    assert isinstance(gm, fx.GraphModule)
-    assert_equal_outputs(model, gm, torch.randn(2, 3, 224, 224))
-
-
-def assert_equal_outputs(model: nn.Module, gm: nn.Module, x: torch.Tensor) -> None:
-    buffers = {key: buffer.clone() for key, buffer in model.named_buffers()}
-    torch.manual_seed(1)
-    expected = model(x)
-    after = {key: buffer.clone() for key, buffer in model.named_buffers()}
-    for key, buffer in model.named_buffers():
-        buffer.copy_(buffers[key])  # shared with the rewritten model
-    torch.manual_seed(1)
-    assert torch.equal(gm(x), expected)
-    assert all(torch.equal(buffer, after[key]) for key, buffer in gm.named_buffers() if key in after)
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
-@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-def test_identity_in_other_dtypes_and_layouts(cnn: nn.Sequential, dtype: torch.dtype, layout: torch.memory_format) -> None:
-    cnn.eval().to(dtype=dtype, memory_format=layout)
-    gm = se_fx.transform(cnn, min_channels=1, init="identity")
-    x = torch.randn(2, 3, 9, 9, dtype=dtype).to(memory_format=layout)
-    assert torch.equal(gm(x), cnn(x))
-    assert gm(x).stride() == cnn(x).stride()
-
-
-def test_identity_under_autocast(cnn: nn.Sequential) -> None:
-    gm = se_fx.transform(cnn.eval(), min_channels=1, init="identity")
-    x = torch.randn(2, 3, 8, 8)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert torch.equal(gm(x), cnn(x))
-        assert gm(x).dtype == cnn(x).dtype
-
-
-def test_other_batch_and_image_sizes_after_tracing(cnn: nn.Sequential) -> None:
-    gm = se_fx.transform(cnn.eval(), min_channels=1, init="identity")
-    for shape in ((1, 3, 5, 9), (7, 3, 16, 16), (0, 3, 8, 8)):
-        x = torch.randn(shape)
-        assert torch.equal(gm(x), cnn(x))
-
-
-def test_default_blocks_change_outputs(cnn: nn.Sequential) -> None:
-    x = torch.randn(2, 3, 8, 8)
-    assert not torch.equal(se_fx.transform(cnn.eval(), min_channels=1)(x), cnn(x))
-
-
-# --------------------------------------------------------------------------------------------------------- pipeline's end
+# ------------------------------------------------------------------------------------------------------- pipeline's end
 def test_compiles_as_one_graph_close_to_eager(cnn: nn.Sequential) -> None:
     gm = se_fx.transform(cnn, min_channels=1).eval()
     x = torch.randn(2, 3, 8, 8)
@@ -361,7 +241,7 @@ def test_a_users_own_graph_module_goes_in_and_comes_back(cnn: nn.Sequential) -> 
         assert torch.equal(back(x), traced(x))
 
 
-# ---------------------------------------------------------------------------------------------------------------- refusals
+# ------------------------------------------------------------------------------------------------------------- refusals
 def test_nothing_to_insert_is_no_error(cnn: nn.Sequential) -> None:
     gm = se_fx.transform(cnn.eval(), min_channels=1000)
     x = torch.randn(1, 3, 8, 8)

@@ -1,104 +1,27 @@
-"""Lightning's real Trainer with our callback: in every order of calls, with checkpoints, averages, compilers and ranks."""
+"""Lightning's real Trainer with our callback: in every order of calls, with modules of every kind, averages and compilers."""
 
 from __future__ import annotations
 
-import copy
-import pickle
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import pytest
-import timm
 import torch
 import torch.nn.functional as F
 import torchmetrics
 import torchvision
-from lightning.pytorch.callbacks import Callback, EMAWeightAveraging, StochasticWeightAveraging
+from lightning.pytorch.callbacks import EMAWeightAveraging, StochasticWeightAveraging
 from lightning.pytorch.loggers import CSVLogger
+from lightning_modules import OPTIONS, Net, Small, assert_equal_weights, data, fitted, trainer
 from test_copies import weights
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 import se_fx
 from se_fx import SqueezeExciteError
 from se_fx.integrations.lightning import SqueezeExcite
 
 pytestmark = pytest.mark.integration
-
-OPTIONS: dict[str, Any] = {"min_channels": 16, "latent_channels": 4}
-
-
-class Net(L.LightningModule):
-    """timm's smallest ResNet after a conv that hangs on the module itself, with a metric."""
-
-    def __init__(self, lr: float = 0.01) -> None:
-        super().__init__()
-        self.save_hyperparameters()
-        self.stem = nn.Conv2d(3, 16, 3, padding=1)
-        self.model = timm.create_model("test_resnet", num_classes=10, in_chans=16)
-        self.accuracy = torchmetrics.Accuracy("multiclass", num_classes=10)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.model(self.stem(x))
-
-    def training_step(self, batch: list[Tensor], index: int) -> Tensor:
-        return F.cross_entropy(self(batch[0]), batch[1])
-
-    def validation_step(self, batch: list[Tensor], index: int) -> None:
-        self.accuracy(self(batch[0]), batch[1])
-        self.log("accuracy", self.accuracy)
-
-    test_step = validation_step
-
-    def predict_step(self, batch: list[Tensor], index: int) -> Tensor:
-        return self(batch[0])
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.SGD(self.parameters(), lr=self.hparams.lr, momentum=0.9)
-
-
-class Small(Net):
-    """Two convs, for what needs no real network."""
-
-    def __init__(self, lr: float = 0.01) -> None:
-        super().__init__(lr)
-        self.stem = nn.Identity()
-        convs = nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 16, 1)
-        self.model = nn.Sequential(*convs, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 10))
-
-
-def data() -> DataLoader:
-    generator = torch.Generator().manual_seed(0)
-    images = torch.randn(16, 3, 32, 32, generator=generator)
-    return DataLoader(TensorDataset(images, torch.arange(16) % 10), 8)
-
-
-def trainer(path: Path, *callbacks: Callback, epochs: int = 1, **settings: Any) -> L.Trainer:
-    settings = {"logger": False, "devices": 1, "enable_checkpointing": False, **settings}
-    return L.Trainer(
-        accelerator="cpu",
-        callbacks=list(callbacks),
-        max_epochs=epochs,
-        default_root_dir=path,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        **settings,
-    )
-
-
-def fitted(path: Path, module: L.LightningModule, epochs: int = 1, **options: Any) -> Path:
-    """A checkpoint of `module` after training with the callback."""
-    training = trainer(path, SqueezeExcite(**{**OPTIONS, **options}), epochs=epochs)
-    training.fit(module, data())
-    training.save_checkpoint(path / "last.ckpt")
-    return path / "last.ckpt"
-
-
-def assert_equal_weights(a: nn.Module, b: nn.Module) -> None:
-    torch.testing.assert_close(a.state_dict(), b.state_dict(), rtol=0, atol=0)
 
 
 def test_fit_replaces_children_and_trains_their_blocks(tmp_path: Path) -> None:
@@ -117,38 +40,6 @@ def test_fit_replaces_children_and_trains_their_blocks(tmp_path: Path) -> None:
     SqueezeExcite(**OPTIONS, seed=3).rewrite(fresh)
     assert all(not torch.equal(weights(fresh)[name], p) for name, p in weights(module).items())  # trained
     assert logger.experiment.hparams == {"lr": 0.01, "squeeze_excite/num_squeeze_excite_layers": len(convs)}
-
-
-def test_resuming_equals_an_uninterrupted_run(tmp_path: Path) -> None:
-    torch.manual_seed(1)
-    whole = Small()
-    fitted(tmp_path / "whole", whole, epochs=2)
-    torch.manual_seed(1)
-    path = fitted(tmp_path / "half", Small(), epochs=1)
-    resumed = Small()
-    trainer(tmp_path, SqueezeExcite(**OPTIONS), epochs=2).fit(resumed, data(), ckpt_path=path)
-    assert_equal_weights(resumed, whole)
-
-
-class NormedGate(nn.Module):
-    """Attention that has buffers."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.norm = nn.BatchNorm2d(channels)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x * self.norm(x).sigmoid()
-
-
-def test_blocks_with_buffers_resume(tmp_path: Path) -> None:
-    options = {"latent_channels": 64, "block": NormedGate}  # 64 is the default
-    module = Small()
-    path = fitted(tmp_path, module, **options)
-    assert any("running_mean" in name for name in weights(module))
-    resumed = Small()
-    trainer(tmp_path, SqueezeExcite(**{**OPTIONS, **options})).fit(resumed, data(), ckpt_path=path)
-    assert_equal_weights(resumed, module)
 
 
 def test_a_module_rewritten_in_place_is_left_as_it_is(tmp_path: Path) -> None:
@@ -175,67 +66,6 @@ def test_every_order_of_calls_on_fresh_trainers_inserts_once(tmp_path: Path) -> 
     (first, *_) = trainer(tmp_path, SqueezeExcite(**OPTIONS)).predict(other, data(), ckpt_path=path)
     assert torch.equal(other.eval()(torch.ones(1, 3, 32, 32)), expected)
     assert torch.equal(first, module(next(iter(data()))[0]))
-
-
-class Restoring(Small):
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        SqueezeExcite.restore(self, checkpoint)
-
-
-def test_inference_without_a_trainer(tmp_path: Path) -> None:
-    module = Restoring(lr=0.5)
-    path = fitted(tmp_path, module, placement="norm", overrides={"model.0": {"latent_channels": 8}})
-
-    loaded = Restoring.load_from_checkpoint(path)
-    assert loaded.hparams.lr == 0.5
-    checkpoint = torch.load(path, weights_only=True)
-    by_hand = Small(**checkpoint["hyper_parameters"])
-    SqueezeExcite.restore(by_hand, checkpoint)
-    by_hand.load_state_dict(checkpoint["state_dict"])
-    for other in (loaded, by_hand, copy.deepcopy(by_hand), pickle.loads(pickle.dumps(loaded))):
-        assert_equal_weights(other, module)
-        assert torch.equal(other.eval()(torch.ones(2, 3, 32, 32)), module.eval()(torch.ones(2, 3, 32, 32)))
-    with pytest.raises(RuntimeError, match="Unexpected key"):
-        Small.load_from_checkpoint(path)
-
-
-def test_a_checkpoint_of_the_plain_module_loads_as_the_module_wants(tmp_path: Path) -> None:
-    plain = Restoring()
-    training = trainer(tmp_path)
-    training.fit(plain, data())
-    training.save_checkpoint(tmp_path / "plain.ckpt")
-    assert_equal_weights(Restoring.load_from_checkpoint(tmp_path / "plain.ckpt"), plain)  # nothing to restore
-
-    module = Small()
-    with pytest.raises(RuntimeError, match="Missing key"):
-        trainer(tmp_path, SqueezeExcite(**OPTIONS)).validate(module, data(), ckpt_path=tmp_path / "plain.ckpt")
-    module.strict_loading = False
-    trainer(tmp_path, SqueezeExcite(**OPTIONS)).validate(module, data(), ckpt_path=tmp_path / "plain.ckpt")
-    assert torch.equal(module.model[0].weight, plain.model[0].weight)
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (
-            {"latent_channels": 8},
-            r"state_dict: its .* blocks are not .*; model.0.* has \(4, 16\) there, and \(8, 16\) in the module",
-        ),
-        ({"where": "model.3"}, r"state_dict: .*model.0.squeeze_excite.fc1.weight has \(4, 16\) there, and none in the module"),
-        (
-            {"gate": "hardsigmoid"},
-            r"checkpoint: .* at 'model.0' it has \{'gate': 'sigmoid'\}, the module \{'gate': 'hardsigmoid'\}",
-        ),
-    ],
-)
-def test_resuming_with_other_options_raises(tmp_path: Path, options: dict[str, Any], message: str) -> None:
-    path = fitted(tmp_path, Small())
-    with pytest.raises(SqueezeExciteError, match=message):
-        trainer(tmp_path, SqueezeExcite(**{**OPTIONS, **options})).fit(Small(), data(), ckpt_path=path)
-    other = Small()
-    SqueezeExcite(**{**OPTIONS, **options}).rewrite(other)
-    with pytest.raises(SqueezeExciteError, match="saved with other blocks"):
-        SqueezeExcite.restore(other, torch.load(path))
 
 
 class Distance(torchmetrics.Metric):
@@ -415,71 +245,3 @@ def test_bad_options_change_nothing(tmp_path: Path, options: dict[str, Any], mes
     with pytest.raises(SqueezeExciteError, match=message):
         trainer(tmp_path, SqueezeExcite(**options)).fit(module, data())
     assert dict(module.named_children()) == children
-
-
-@pytest.mark.parametrize("checkpoint", [3, None, {"callbacks": 3}, {"callbacks": {"SqueezeExcite": {"plan": 3}}}])
-def test_checkpoints_that_are_none(checkpoint: Any) -> None:
-    plain, rewritten = Small(), Small()
-    SqueezeExcite(**OPTIONS).rewrite(rewritten)
-    for module in (plain, rewritten):
-        keys = list(module.state_dict())
-        with pytest.raises(SqueezeExciteError, match=r"checkpoint|plan"):
-            SqueezeExcite.restore(module, checkpoint)
-        assert list(module.state_dict()) == keys
-
-
-def test_spawned_processes_need_a_module_that_is_rewritten_before(tmp_path: Path) -> None:
-    callback, module = SqueezeExcite(**OPTIONS), Small()
-    spawning = trainer(tmp_path, callback, strategy="ddp_spawn", devices=2)
-    with pytest.raises(SqueezeExciteError, match=r"spawned or forked.*rewrite\(module\) before trainer.fit"):
-        callback.setup(spawning, module, "fit")
-    callback.rewrite(module)
-    callback.setup(spawning, module, "fit")
-    assert len(weights(pickle.loads(pickle.dumps(module)))) == 4
-
-
-class Squeezed(Net):
-    """torchvision's SqueezeNet, which has no batch norm: one step's weights don't depend on how its batch is spread."""
-
-    def __init__(self, path: Path) -> None:
-        super().__init__()
-        self.path, self.stem = path, nn.Identity()
-        self.model = torchvision.models.squeezenet1_1(num_classes=10, dropout=0.0)
-
-    def train_dataloader(self) -> DataLoader:
-        dataset, ranks = data().dataset, self.trainer.world_size
-        sampler = DistributedSampler(dataset, ranks, self.global_rank, shuffle=False)
-        return DataLoader(dataset, 8 // ranks, sampler=sampler)
-
-    def setup(self, stage: str) -> None:  # after the callback's; before DDP makes weights equal
-        torch.save(weights(self), self.path / f"inserted{self.global_rank}.pt")
-
-    def on_train_end(self) -> None:
-        torch.save(self.state_dict(), self.path / f"trained{self.global_rank}.pt")
-
-
-def train_on(ranks: int, path: Path) -> None:
-    module = Squeezed(path)
-    settings = {"strategy": "ddp", "devices": 2, "use_distributed_sampler": False} if ranks == 2 else {}
-    trainer(path, SqueezeExcite(min_channels=128, latent_channels=4), **settings).fit(module)
-
-
-def test_two_ranks_insert_equal_blocks_and_train_as_one(tmp_path: Path) -> None:
-    for name in ("one", "two"):
-        (tmp_path / name).mkdir()
-    torch.manual_seed(0)
-    train_on(1, tmp_path / "one")
-    subprocess.run([sys.executable, __file__, str(tmp_path / "two")], check=True, capture_output=True, timeout=300)
-    for name in ("inserted", "trained"):
-        one, first, second = (torch.load(tmp_path / file) for file in (f"one/{name}0.pt", f"two/{name}0.pt", f"two/{name}1.pt"))
-        assert len(one) > 0
-        torch.testing.assert_close(first, second, rtol=0, atol=0)
-        torch.testing.assert_close(first, one, rtol=1e-5, atol=1e-5)  # gradients are summed in another order
-
-
-if __name__ == "__main__":  # one rank of two; Lightning starts the other
-    import os
-
-    torch.set_num_threads(1)
-    torch.manual_seed(int(os.environ.get("LOCAL_RANK", 0)))  # ranks that seed themselves differently
-    train_on(2, Path(sys.argv[1]))
