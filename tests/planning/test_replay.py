@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import textwrap
@@ -40,8 +41,10 @@ print("bitwise")
 
 
 def test_saved_in_one_process_and_rebuilt_in_another(tmp_path: Path) -> None:
+    paths = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}  # the se_fx under test, wherever another is installed
     for code, output in ((SAVE, ""), (LOAD, "bitwise\n")):
-        run = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], cwd=tmp_path, capture_output=True, text=True)
+        command = [sys.executable, "-c", textwrap.dedent(code)]
+        run = subprocess.run(command, cwd=tmp_path, env=paths, capture_output=True, text=True)
         assert (run.returncode, run.stdout) == (0, output), run.stderr
 
 
