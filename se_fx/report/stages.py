@@ -91,7 +91,10 @@ def _folded(names: Iterable[str], position: int) -> dict[str, list[str]]:
     groups: dict[tuple[str, str], dict[int, str]] = {}
     for name in names:
         number = list(re.finditer(r"\d+", name))[position]
-        groups.setdefault((name[: number.start()], name[number.end() :]), {})[int(number[0])] = name
+        value = int(number[0])
+        plain = number[0] == str(value)  # a range says nothing of leading zeros, nor of other digits than 0 to 9
+        around = (name[: number.start()], name[number.end() :]) if plain else (name, "")
+        groups.setdefault(around, {})[value] = name
     found = {}
     for (before, after), members in groups.items():
         alike = list(members.values())
