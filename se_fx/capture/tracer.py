@@ -17,13 +17,15 @@ import torch
 from torch import Tensor, fx, nn
 
 from se_fx.capture.randomness import random_state, set_random_state
+from se_fx.capture.snapshot import Snapshot
 from se_fx.capture.values import CHECKPOINT, CHECKPOINTS, Value, ambient, watched
 from se_fx.errors import reason_of
 from se_fx.regions import EXCITE, excitement
 
-__all__ = ["DRAWS", "Call", "Tracer"]
+__all__ = ["DRAWS", "WRITES", "Call", "Tracer"]
 
 DRAWS = "draws random numbers that a graph would freeze"
+WRITES = "keeps state in attributes, which a graph would not update"
 
 
 @dataclass(eq=False)
@@ -55,7 +57,8 @@ class Tracer(fx.Tracer):
         opaque: submodules to keep as `call_module`, by qualified name, with the reason. `self.opaque` gains those found.
         entered: all modules whose code is to be looked into; None for every module to be a leaf.
         inputs: values for the code to see in place of the root's arguments of these names.
-        watch_randomness: have submodules turn opaque whose code draws random numbers other than as tensors' values.
+        snapshot: the state of the root and all within, as it was before; None to ignore what code changes.
+        watch: find out whose code draws random numbers other than as tensors' values, or changes state; it turns opaque.
     """
 
     proxy_buffer_attributes = True  # else arithmetic between buffers would be done once, while tracing
@@ -65,13 +68,15 @@ class Tracer(fx.Tracer):
         opaque: dict[str, str] | None = None,
         entered: set[nn.Module] | None = None,
         inputs: dict[str, Any] | None = None,
-        watch_randomness: bool = False,
+        snapshot: Snapshot | None = None,
+        watch: bool = False,
     ) -> None:
         super().__init__(autowrap_functions=(CHECKPOINT,))
         self.opaque = dict(opaque or {})
         self.entered = entered or set()
         self.inputs = inputs or {}
-        self.watch_randomness = watch_randomness
+        self.snapshot = snapshot
+        self.watch = watch
         self.called: set[str] = set()
         self.calls = self._call = Call("")
         self.made: dict[str, Tensor] = {}
@@ -94,21 +99,25 @@ class Tracer(fx.Tracer):
         if self.is_leaf_module(m, name):
             if type(m).__call__ is not nn.Module.__call__ and not isinstance(m, fx.GraphModule):
                 raise self.refuse(f"calls a {type(m).__name__}, whose __call__ is its own")
+            if self.snapshot is not None and self.snapshot.changed(m):
+                raise self.refuse(WRITES)
             blocks = excitement(m)
             output = super().call_module(m, forward, args, {**kwargs, EXCITE: False} if blocks else kwargs)
             for container, block in blocks:  # seen as nodes of their own
                 output = getattr(container, block)(output)
             return output
+        self._check_writes()  # of the caller's
         given = {**dict(enumerate(args)), **kwargs}
         call = Call(name, self._call, {key: value.node for key, value in given.items() if type(value) is Value})
         steps, self._call = len(self._call.steps), call
         call.caller.steps.append(call)  # type: ignore[union-attr]
-        stack, randomness = self.module_stack.copy(), random_state() if self.watch_randomness else None
+        stack, randomness = self.module_stack.copy(), random_state() if self.watch else None
         try:
             result = super().call_module(m, forward, args, kwargs)
             if randomness is not None and random_state() != randomness:
                 set_random_state(randomness)  # lest the callers be blamed too
                 raise fx.proxy.TraceError(DRAWS)
+            self._check_writes()
             if self.refused:  # and the code has caught that
                 raise fx.proxy.TraceError(self.refused)
             call.output = result.node if type(result) is Value else None
@@ -118,7 +127,15 @@ class Tracer(fx.Tracer):
             self.module_stack, self.refused, self._call = stack, None, call.caller  # type: ignore[assignment]
             del self._call.steps[steps:]
             self.opaque[name] = reason_of(error)
+            if self.watch and self.snapshot is not None:
+                self.snapshot.restore()
             return super().call_module(m, forward, args, kwargs)
+
+    def _check_writes(self) -> None:
+        """While watching: undo what the code that runs now has changed, lest others be blamed too, and refuse it."""
+        if self.watch and self.snapshot is not None and self.snapshot.changed():
+            self.snapshot.restore()
+            raise self.refuse(WRITES)
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, fx.Proxy]) -> Any:
         """What the code being traced sees as a module's attribute: tensors are traced values."""
