@@ -61,6 +61,7 @@ CALLS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
     ),
     "measure_machine": (se_fx.measure_machine, {}),
     "SqueezeExcite2d": (se_fx.SqueezeExcite2d, {"num_features": 8}),
+    "SqueezeExcite2d.set_extra_state": (se_fx.SqueezeExcite2d(8).set_extra_state, {}),
     "Site": (se_fx.Site, {"name": "0", "channels": 8, "latent_channels": 2}),
     "Plan": (se_fx.Plan, {}),
     "Plan.of": (se_fx.Plan.of, {}),

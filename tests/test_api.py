@@ -78,6 +78,8 @@ SqueezeExcite2d(num_features: int, latent_channels: float = 0.125, *, bias: bool
         device: torch.device | str | None = None, dtype: torch.dtype | None = None): Module
     SqueezeExcite2d.excitation(x: Tensor) -> Tensor
     SqueezeExcite2d.forward(x: Tensor) -> Tensor
+    SqueezeExcite2d.get_extra_state() -> Tensor
+    SqueezeExcite2d.set_extra_state(state: Any)
     SqueezeExcite2d.extra_repr() -> str
 SqueezeExciteError: ValueError
 Suggestion: options: dict[str, Any], reasons: tuple[str, ...], plan: Plan

@@ -117,7 +117,9 @@ def _containers(root: Any, seen: set[int], modules: Mapping[int, nn.Module]) -> 
             stack.append(value.__self__)
         elif isinstance(value, functools.partial):
             stack += (value.func, value.args, value.keywords)
-        elif isinstance(value, nn.Module) or (kind.__module__.partition(".")[0] not in _NOT_USERS and hasattr(value, "__dict__")):
+        elif isinstance(value, nn.Module) or (
+            kind.__module__.partition(".")[0] not in _NOT_USERS and hasattr(value, "__dict__")
+        ):
             stack.append(value.__dict__)
 
 

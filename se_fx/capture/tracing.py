@@ -16,6 +16,7 @@ from se_fx.regions import constants_of, hooked
 
 __all__ = ["Tracing", "Untraceable"]
 
+
 class Untraceable(Exception):
     """The root of a region can't be traced; `called` names the submodules its code called until then."""
 
