@@ -257,9 +257,7 @@ def assert_equal(found: list[Any], expected: list[Any]) -> None:
 
 def assert_same_tensors(found: nn.Module, expected: nn.Module) -> None:
     tensors = found.state_dict(keep_vars=True)
-    for key, value in expected.state_dict(
-        keep_vars=True
-    ).items():  # what a block says of itself is written anew each time
+    for key, value in expected.state_dict(keep_vars=True).items():  # what a block says of itself is written anew each time
         assert torch.equal(tensors[key], value) if key.endswith("_extra_state") else tensors[key] is value, key
 
 

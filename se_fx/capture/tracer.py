@@ -8,6 +8,7 @@ module it belongs to is left alone.
 from __future__ import annotations
 
 import collections
+import re
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -16,16 +17,16 @@ from typing import Any, cast
 import torch
 from torch import Tensor, fx, nn
 
+from se_fx.capture.questions import A_TENSOR, ambient, matches_structure
 from se_fx.capture.randomness import random_state, set_random_state
 from se_fx.capture.snapshot import Snapshot
-from se_fx.capture.values import CHECKPOINT, CHECKPOINTS, Value, ambient, watched
+from se_fx.capture.values import CHECKPOINT, CHECKPOINTS, WRITES, Value, watched
 from se_fx.errors import reason_of
-from se_fx.regions import EXCITE, excitement
+from se_fx.regions import EXCITE, excitement, hooked, reserve_names
 
-__all__ = ["DRAWS", "WRITES", "Call", "Tracer"]
+__all__ = ["DRAWS", "Call", "Tracer"]
 
 DRAWS = "draws random numbers that a graph would freeze"
-WRITES = "keeps state in attributes, which a graph would not update"
 
 
 @dataclass(eq=False)
@@ -113,6 +114,7 @@ class Tracer(fx.Tracer):
         call.caller.steps.append(call)  # type: ignore[union-attr]
         stack, randomness = self.module_stack.copy(), random_state() if self.watch else None
         try:
+            _check_code(m)
             result = super().call_module(m, forward, args, kwargs)
             if randomness is not None and random_state() != randomness:
                 set_random_state(randomness)  # lest the callers be blamed too
@@ -191,10 +193,29 @@ class Tracer(fx.Tracer):
         """A loop over a value."""
         raise self.refuse("iterates over a value")
 
+    def is_recorded(self, module: nn.Module) -> bool:
+        """Whether a module is one of those whose calls are recorded, or within one."""
+        if self.snapshot is None or id(module) not in self.snapshot.held:
+            return False
+        if module not in self.entered:
+            return True
+        name = self.path_of_module(module)
+        return any(name == outer or name.startswith(outer + ".") for outer in self.opaque)
+
+    def example_of(self, node: fx.Node) -> Tensor | None:
+        """What a node yields, `A_TENSOR` for a tensor not known yet, None where it may be something else."""
+        if node.op != "get_attr":
+            return A_TENSOR if self.is_tensor(node) else None
+        path, _, name = str(node.target).rpartition(".")
+        owner = self.root.get_submodule(path)
+        return next((held[name] for held in (owner._parameters, owner._buffers, owner.__dict__) if name in held), None)
+
     def is_tensor(self, node: fx.Node) -> bool:
         """Whether a node certainly yields a tensor."""
         if node.op == "call_module":
-            return isinstance(self.root.get_submodule(str(node.target)), _PLAIN)
+            module = self.root.get_submodule(str(node.target))
+            own = hooked(module) or not type(module).forward.__module__.startswith("torch.nn.")
+            return isinstance(module, _PLAIN) and not own and "forward" not in module.__dict__
         if node.op == "get_attr":
             return True
         name = node.target if node.op == "call_method" else getattr(node.target, "__name__", "")
@@ -202,6 +223,7 @@ class Tracer(fx.Tracer):
 
     def create_args_for_root(self, *args: Any, **kwargs: Any) -> tuple[Any, list[Any]]:
         """The root's function and what to call it with."""
+        reserve_names(self.graph)
         function, values = super().create_args_for_root(*args, **kwargs)
         given = [self.inputs.get(str(v.node.target).lstrip("*"), v) if type(v) is Value else v for v in values]
         return function, given
@@ -212,6 +234,8 @@ class Tracer(fx.Tracer):
 
     def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
         """Trace `root`; see `fx.Tracer.trace`."""
+        if self.snapshot is not None:
+            _check_code(root)
         present = set(root.__dict__)
         tensors = (*root.parameters(), *root.buffers()) if self.entered else ()
         self.own_tensors = {id(tensor) for tensor in tensors}
@@ -221,6 +245,8 @@ class Tracer(fx.Tracer):
                 graph = super().trace(root, concrete_args)
         if self.refused:
             raise fx.proxy.TraceError(self.refused)
+        if hidden := _hidden_by_arguments(graph):
+            raise fx.proxy.TraceError(f"has an argument called {hidden!r}, a name that generated code needs")
         for node in graph.nodes:
             if isinstance(node.type, str):  # a postponed annotation, whose name means nothing to the graph's code
                 node.type = None
@@ -229,6 +255,23 @@ class Tracer(fx.Tracer):
             del root.__dict__[key]
         self.made = made
         return graph
+
+
+def _check_code(module: nn.Module) -> None:
+    if matches_structure(type(module)):
+        raise fx.proxy.TraceError("may match the structure of a value, which a graph would freeze")
+
+
+def _hidden_by_arguments(graph: fx.Graph) -> str | None:
+    """A name that an argument takes from the graph's code, which keeps arguments' names: PyTorch's, or a built-in's."""
+    named = {str(node.target).lstrip("*"): node.name for node in graph.nodes if node.op == "placeholder"}
+    renamed = [target for target, name in named.items() if target != name]
+    needed = {"self", *fx.graph._custom_builtins}
+    if not renamed or needed.intersection(renamed):
+        return next((target for target in renamed if target in needed), None)
+    # Their values are read once, where nodes' names are given to them.
+    _, body = graph.python_code("self").src.lstrip().split("\n", 1)
+    return next((each for each in renamed if len(re.findall(rf"(?<![.\w]){each}\b(?!\s*=)", body)) > 1), None)
 
 
 _TUPLES = frozenset(

@@ -10,7 +10,8 @@ from torch import Tensor, fx, nn
 
 from se_fx.capture.randomness import random_state
 from se_fx.capture.snapshot import Snapshot
-from se_fx.capture.tracer import DRAWS, WRITES, Call, Tracer
+from se_fx.capture.tracer import DRAWS, Call, Tracer
+from se_fx.capture.values import WRITES
 from se_fx.errors import reason_of
 from se_fx.regions import constants_of, hooked
 
