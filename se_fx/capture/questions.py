@@ -234,14 +234,14 @@ def _reached(kind: type) -> Iterator[types.CodeType]:
         found = todo.pop()
         found = getattr(found, "fget", None) or getattr(found, "__wrapped__", None) or getattr(found, "__func__", found)
         code = getattr(found, "__code__", None)
-        if code is None or code in seen or code.co_filename.startswith(_TORCH):
+        if code is None or code in seen or str(found.__module__).partition(".")[0] in _OTHERS:
             continue
         seen.add(code)
         names: set[str] = set()
         nested = [code]
         for inner in nested:
             yield inner
-            names.update(inner.co_names)
+            names.update(filter(str.isidentifier, inner.co_names))
             nested += [constant for constant in inner.co_consts if _isinstance(constant, types.CodeType)]
         known = [found.__globals__[name] for name in names if name in found.__globals__]
         todo += [value for value in known if _isinstance(value, types.FunctionType)]

@@ -89,11 +89,12 @@ class Value(_Strict, fx.Proxy):
             raise self.tracer.refuse(f"reads the attribute {k!r} of a value")
         return _Attribute(self, k)
 
+    @property
     def keys(self) -> Any:
-        """The keys of a dict; a tensor has none."""
-        if self.tracer.example_of(self.node) is not None:
-            raise AttributeError("'Tensor' object has no attribute 'keys'")
-        return super().keys()
+        """What tells a dict from a tensor; its keys are unknown."""
+        if from_torch(sys._getframe(1)):
+            return super().keys
+        raise self.tracer.refuse("asks for the keys of a value")
 
     def __setitem__(self, key: Any, value: Any) -> None:
         self.tracer.create_proxy("call_function", operator.setitem, (self, key, value), {})
