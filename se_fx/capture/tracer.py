@@ -214,8 +214,7 @@ class Tracer(fx.Tracer):
         """Whether a node certainly yields a tensor."""
         if node.op == "call_module":
             module = self.root.get_submodule(str(node.target))
-            own = hooked(module) or not type(module).forward.__module__.startswith("torch.nn.")
-            return isinstance(module, _PLAIN) and not own and "forward" not in module.__dict__
+            return isinstance(module, _PLAIN) and not hooked(module) and _returns_a_tensor(module)
         if node.op == "get_attr":
             return True
         name = node.target if node.op == "call_method" else getattr(node.target, "__name__", "")
@@ -255,6 +254,14 @@ class Tracer(fx.Tracer):
             del root.__dict__[key]
         self.made = made
         return graph
+
+
+def _returns_a_tensor(module: nn.Module) -> bool:
+    """Whether a module of a class derived from one of PyTorch's returns what these do, or says that it does."""
+    forward = type(module).forward
+    declared = str(getattr(forward, "__annotations__", {}).get("return"))  # a class, or its name
+    own = not forward.__module__.startswith("torch.nn.") and declared not in ("Tensor", "torch.Tensor", str(Tensor))
+    return not own and "forward" not in module.__dict__
 
 
 def _check_code(module: nn.Module) -> None:
