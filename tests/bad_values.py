@@ -83,10 +83,7 @@ NO_MODELS = (
     (nn.ReLU, "model=type: expected an nn.Module; call it to make one"),
     (network, "model=function: expected an nn.Module; call it to make one"),
     (nn.Sequential(nn.LazyConv2d(8, 3)).eval(), "'0' has the uninitialised lazy parameter 'weight': run the model once"),
-    (
-        nn.Sequential(torch.jit.script(nn.Sequential(nn.Conv2d(3, 8, 1)))).eval(),
-        "'0' is TorchScript: transform the Python model",
-    ),
+    (torch.jit.script(nn.Sequential(nn.Conv2d(3, 8, 1))).eval(), "model is TorchScript: transform the Python model"),
     (torch.compile(nn.Conv2d(3, 256, 1).eval()), "compiled already (OptimizedModule): transform the plain model first"),
     (nn.DataParallel(nn.Conv2d(3, 8, 1)).eval(), "wrapped for distribution already (DataParallel): transform the plain model"),
 )
