@@ -61,6 +61,7 @@ CALLS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
     ),
     "measure_machine": (se_fx.measure_machine, {}),
     "SqueezeExcite2d": (se_fx.SqueezeExcite2d, {"num_features": 8}),
+    "SqueezeExcite2d.set_extra_state": (se_fx.SqueezeExcite2d(8).set_extra_state, {}),
     "Site": (se_fx.Site, {"name": "0", "channels": 8, "latent_channels": 2}),
     "Plan": (se_fx.Plan, {}),
     "Plan.of": (se_fx.Plan.of, {}),
@@ -82,10 +83,7 @@ NO_MODELS = (
     (nn.ReLU, "model=type: expected an nn.Module; call it to make one"),
     (network, "model=function: expected an nn.Module; call it to make one"),
     (nn.Sequential(nn.LazyConv2d(8, 3)).eval(), "'0' has the uninitialised lazy parameter 'weight': run the model once"),
-    (
-        nn.Sequential(torch.jit.script(nn.Sequential(nn.Conv2d(3, 8, 1)))).eval(),
-        "'0' is TorchScript: transform the Python model",
-    ),
+    (torch.jit.script(nn.Sequential(nn.Conv2d(3, 8, 1))).eval(), "model is TorchScript: transform the Python model"),
     (torch.compile(nn.Conv2d(3, 256, 1).eval()), "compiled already (OptimizedModule): transform the plain model first"),
     (nn.DataParallel(nn.Conv2d(3, 8, 1)).eval(), "wrapped for distribution already (DataParallel): transform the plain model"),
 )

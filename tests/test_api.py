@@ -78,6 +78,8 @@ SqueezeExcite2d(num_features: int, latent_channels: float = 0.125, *, bias: bool
         device: torch.device | str | None = None, dtype: torch.dtype | None = None): Module
     SqueezeExcite2d.excitation(x: Tensor) -> Tensor
     SqueezeExcite2d.forward(x: Tensor) -> Tensor
+    SqueezeExcite2d.get_extra_state() -> Tensor
+    SqueezeExcite2d.set_extra_state(state: Any)
     SqueezeExcite2d.extra_repr() -> str
 SqueezeExciteError: ValueError
 Suggestion: options: dict[str, Any], reasons: tuple[str, ...], plan: Plan
@@ -138,8 +140,9 @@ se-fx bench MODEL [--input N,C,H,W] [--json] [--min-channels N] [--where GLOB] [
         [1]] [--compiled] [--training] [--channels-last] [--bf16] [--device DEVICE = cpu] [--rounds N = 15]
 plan: {"version": 1, "sites": [{"name": "0", "channels": 8, "latent_channels": 2, "placement": "conv", "init":
         "default", "bias": false, "activation": "relu", "gate": "sigmoid", "block": null}]}
-state_dict: fc1.weight, fc1.bias, fc2.weight, fc2.bias
-state_dict of a rewritten model: 0.weight, 0.bias, squeeze_excite.0.fc1.weight, squeeze_excite.0.fc2.weight
+state_dict: _extra_state, fc1.weight, fc1.bias, fc2.weight, fc2.bias
+state_dict of a rewritten model: 0.weight, 0.bias, squeeze_excite.0._extra_state, squeeze_excite.0.fc1.weight,
+        squeeze_excite.0.fc2.weight
 requires-python: ">=3.10"
 dependencies: ["torch>=2.6", "networkx>=3.0", "tabulate>=0.9"]
 extras: torchvision, timm, html, examples, lightning, onnx, test, docs, dev

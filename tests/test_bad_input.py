@@ -165,6 +165,11 @@ ROWS: list[Row] = [
         "num_features",
         *((value, "expected the number of channels, an integer from 1") for value in (0, 2.5, True, None, "8", 10**30, [8])),
     ),
+    *rows(
+        "SqueezeExcite2d.set_extra_state",
+        "state",
+        *((value, "expected the numbers that a SqueezeExcite2d has written") for value in (None, 3, "x", [], torch.zeros(3))),
+    ),
     *rows("SqueezeExcite2d", "device", *NO_DEVICES),
     *rows("SqueezeExcite2d", "dtype", *NO_DTYPES),
     # plans

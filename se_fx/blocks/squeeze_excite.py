@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from se_fx.arguments import check_flag, check_floating, is_count, is_number
+from se_fx.blocks.extra_state import decoded, encoded, function_name, same_function
 from se_fx.errors import SqueezeExciteError, shown
 
 __all__ = ["ACTIVATIONS", "BLOCKS", "GATES", "INITS", "MOST_CHANNELS", "SqueezeExcite2d", "latent_width"]
@@ -138,10 +140,44 @@ class SqueezeExcite2d(nn.Module):
         """Scale (N, C, H, W), or (C, H, W), channel by channel; same shape, dtype and memory format."""
         return x * self.excitation(x)
 
+    def get_extra_state(self) -> Tensor:
+        """What a checkpoint says of the block beside its weights: `gate_scale`, and the names of gate and activation."""
+        names = {option: function_name(getattr(self, option), table) for option, table in _TABLES.items()}
+        return encoded({"gate_scale": self.gate_scale, **names})
+
+    def set_extra_state(self, state: Any) -> None:
+        """Take over `gate_scale` from a checkpoint, as `load_state_dict` does, also where keys may be missing.
+
+        Raises:
+            SqueezeExciteError: the weights are those of a block with another gate or activation; or `state` is not readable.
+        """
+        saved = decoded(state)
+        if saved is None:
+            return
+        own = {option: function_name(getattr(self, option), table) for option, table in _TABLES.items()}
+        for option, name in own.items():
+            if not same_function(saved.get(option), name):
+                raise SqueezeExciteError(
+                    f"{option}: the checkpoint is of a block with {option}={shown(saved.get(option))}, and this one has "
+                    f"{option}={name!r}, with which its weights mean something else; make the block with that {option}"
+                )
+        if saved.keys() - own.keys() != {"gate_scale"} or not _is_scale(saved["gate_scale"]):
+            raise SqueezeExciteError(
+                f"_extra_state={shown(saved)}: expected gate_scale, a number, and gate and activation; it is of another version"
+            )
+        self.gate_scale = float(saved["gate_scale"])
+
     def extra_repr(self) -> str:
         """The block's numbers, for `repr`."""
         scale = "" if self.gate_scale == 1.0 else f", gate_scale={self.gate_scale}"
         return f"{self.num_features}, latent_channels={self.latent_channels}{scale}"
+
+
+def _is_scale(value: Any) -> bool:
+    return is_number(value) and math.isfinite(value)
+
+
+_TABLES = {"gate": GATES, "activation": ACTIVATIONS}
 
 
 def _from_table(

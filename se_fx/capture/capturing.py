@@ -18,9 +18,10 @@ import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor, fx, nn
 
-from se_fx.capture.plain import check_plain
+from se_fx.capture.plain import check_plain, closed_parts
 from se_fx.capture.randomness import random_state, set_random_state
 from se_fx.capture.tracer import Call
 from se_fx.capture.tracing import Tracing, Untraceable
@@ -68,11 +69,17 @@ class Capture:
         model: the model, untouched.
         regions: its regions, in the order of its modules.
         opaque: the modules that run their own code, by qualified name (the root's is empty), each with the reason.
+        closed: those of them that nothing can be put into: compiled and scripted parts.
     """
 
     model: nn.Module
     regions: tuple[Region, ...]
     opaque: dict[str, str]
+    closed: frozenset[str] = frozenset()
+
+    def within_closed(self, name: str) -> str | None:
+        """The closed part that a module of this name is, or is within; None where there is none."""
+        return next((part for part in self.closed if name == part or name.startswith(f"{part}.")), None)
 
 
 def capture(model: nn.Module, *, finely: bool = False) -> Capture:
@@ -91,14 +98,17 @@ def capture(model: nn.Module, *, finely: bool = False) -> Capture:
     for module in scratch.modules():
         if not module.__dict__.get("_edited"):  # its code holds the same, and says what calls what
             restore_code(module, hosts=False)
-    entered = set(filter(is_foreign, scratch.modules())) if finely else _conv_holders(scratch)
+    closed = closed_parts(scratch)
+    shut = {part for name in closed for part in scratch.get_submodule(name).modules()}
+    entered = (set(filter(is_foreign, set(scratch.modules()) - shut)) if finely else _conv_holders(scratch)) - shut
     names = {id(module): name for name, module in scratch.named_modules()}
     regions: list[Region] = []
-    opaque: dict[str, str] = {}
+    holding = _with_convs(closed, scratch)
+    opaque = dict(holding)
 
     def visit(module: nn.Module) -> None:
         path = names[id(module)]
-        if path in {region.path for region in regions}:
+        if path in {region.path for region in regions} or module in shut:
             return
         if isinstance(module, nn.Conv2d):
             regions.append(Region(path, module, None))
@@ -124,7 +134,9 @@ def capture(model: nn.Module, *, finely: bool = False) -> Capture:
             set_random_state(randomness)
     _share(regions, scratch)
     order = {name: position for position, name in enumerate(names.values())}
-    return Capture(model, tuple(sorted(regions, key=lambda region: order[region.path])), opaque)
+    return Capture(
+        model, tuple(sorted(regions, key=lambda region: order[region.path])), opaque, frozenset(_with_convs(closed, scratch))
+    )
 
 
 def _share(regions: list[Region], scratch: nn.Module) -> None:
@@ -143,6 +155,8 @@ def _share(regions: list[Region], scratch: nn.Module) -> None:
 def _called_children(module: nn.Module, called: set[str]) -> Iterator[nn.Module]:
     """The modules that an untraceable module's code calls, as far as can be told without running it."""
     for name, child in module.named_children():
+        if isinstance(child, torch.jit.ScriptModule):
+            continue
         calls = name in called
         bypassed = not calls and any(other.startswith(name + ".") for other in called)
         # A Sequential may as well be iterated by its owner; so may any container without a forward.
@@ -168,6 +182,15 @@ def collector_paused() -> Iterator[None]:
     finally:
         if enabled:
             gc.enable()
+
+
+def _with_convs(closed: dict[str, str], model: nn.Module) -> dict[str, str]:
+    """Those closed parts that hold Conv2d layers, scripted ones too."""
+
+    def is_conv(part: nn.Module) -> bool:
+        return isinstance(part, nn.Conv2d) or getattr(part, "original_name", "") == "Conv2d"
+
+    return {name: reason for name, reason in closed.items() if any(map(is_conv, model.get_submodule(name).modules()))}
 
 
 def _conv_holders(model: nn.Module) -> set[nn.Module]:

@@ -7,7 +7,7 @@ from torch import nn
 
 from se_fx.errors import SqueezeExciteError
 
-__all__ = ["check_plain", "check_whole"]
+__all__ = ["check_plain", "check_whole", "closed_parts"]
 
 _WRAPPERS = {"DistributedDataParallel", "DataParallel", "FullyShardedDataParallel", "FSDPModule", "DDP"}
 
@@ -39,24 +39,36 @@ def check_plain(model: nn.Module) -> None:
         call = "; call it to make one" if callable(model) else ""
         raise SqueezeExciteError(f"model={type(model).__name__}: expected an nn.Module{call}")
     check_whole(model, "transform the plain model first, then wrap or shard the result")
+    if _is_compiled(model):
+        raise SqueezeExciteError(
+            f"model is compiled already ({type(model).__name__}): transform the plain model first, then compile the result"
+        )
+    if isinstance(model, torch.jit.ScriptModule):
+        raise SqueezeExciteError("model is TorchScript: transform the Python model first, then script or export the result")
     for name, module in model.named_modules():
         where = f"model's submodule {name!r}" if name else "model"
-        if "OptimizedModule" in _torch_bases(module) or getattr(module, "_compiled_call_impl", None) is not None:
-            raise SqueezeExciteError(
-                f"{where} is compiled already ({type(module).__name__}): transform the plain model first, "
-                "then compile the result"
-            )
-        if isinstance(module, torch.jit.ScriptModule) and any(
-            getattr(part, "original_name", "") == "Conv2d" for part in module.modules()
-        ):
-            raise SqueezeExciteError(
-                f"{where} is TorchScript: transform the Python model first, then script or export the result"
-            )
         lazy = [key for key, p in module._parameters.items() if p is not None and nn.parameter.is_lazy(p)]
         if lazy:
             raise SqueezeExciteError(
                 f"{where} has the uninitialised lazy parameter {lazy[0]!r}: run the model once on an example, then transform it"
             )
+
+
+def closed_parts(model: nn.Module) -> dict[str, str]:
+    """The parts whose code can't be looked into any more, by qualified name, outermost only; each with the reason."""
+    closed: dict[str, str] = {}
+    for name, module in model.named_modules():
+        if any(name.startswith(f"{outer}.") for outer in closed):
+            continue
+        if _is_compiled(module):
+            closed[name] = "is compiled already"
+        elif isinstance(module, torch.jit.ScriptModule):
+            closed[name] = "is TorchScript"
+    return closed
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    return "OptimizedModule" in _torch_bases(module) or getattr(module, "_compiled_call_impl", None) is not None
 
 
 def _torch_bases(module: nn.Module) -> set[str]:

@@ -6,10 +6,11 @@ import collections
 import contextlib
 import copy
 import functools
+import operator
 import random
 import sys
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -19,39 +20,90 @@ __all__ = ["Snapshot"]
 
 
 class Snapshot:
-    """All state that modules' code can reach in Python, before a trace; and their mode, set to `training` for it."""
+    """All state that the code of a module, and of those within it, can reach in Python; and their mode.
 
-    def __init__(self, modules: dict[str, nn.Module], training: bool) -> None:
-        self.modules = modules
+    That is what they hold, leaves too, and what the modules and objects hold that they refer to; and their classes' attributes.
+
+    Args:
+        root: the module.
+    """
+
+    def __init__(self, root: nn.Module) -> None:
+        self.root = root
+        # What is scripted keeps its state elsewhere, and is not the clone's own.
+        modules = {id(module): module for module in root.modules() if not isinstance(module, torch.jit.ScriptModule)}
         seen: set[int] = set()
-        self.before = {
-            name: [(container, _items(container)) for container in _containers(module.__dict__, seen)]
-            for name, module in modules.items()
+        self.held = {
+            key: [(container, _items(container)) for container in _containers(module.__dict__, seen, modules)]
+            for key, module in modules.items()
         }
-        self.modes = [(module, module.training) for module in modules.values()]
-        for module in modules.values():
-            module.training = training
+        kinds = {kind for module in modules.values() for kind in type(module).__mro__}
+        self.classes = [(kind, dict(vars(kind))) for kind in kinds if kind.__module__.partition(".")[0] not in _NOT_USERS]
+        self.modes = [(held[0], modules[key].training) for key, held in self.held.items() if held]
+        self.mode = root.training
 
-    def undo(self) -> dict[str, nn.Module]:
-        """Set all back; returns the modules, by name, whose code has changed any of it."""
-        for module, training in self.modes:
-            module.training = training
-        changed: dict[str, nn.Module] = {}
-        for name, state in self.before.items():
-            for container, items in state:
-                if not _same(_items(container), items):
-                    changed[name] = self.modules[name]
-                    _refill(container, items)
-        return changed
+    def set_mode(self, training: bool) -> None:
+        """Set the mode for what follows, as `root.train(training)` would; where that is the root's own, all modes stay."""
+        same = training == self.mode
+        for (attributes, items), mode in self.modes:
+            attributes["training"] = items["training"] = mode if same else training
+
+    def changed(self, module: nn.Module | None = None) -> bool:
+        """Whether any of it has changed, or any that `module` holds, which is one of those within."""
+        if module is None:
+            held: Any = self.held.values()
+            return any(map(self._differs, held)) or any(not _same(dict(vars(kind)), items) for kind, items in self.classes)
+        parts = (module,) if not module._modules else module.modules()
+        return any(self._differs(self.held.get(id(part), ())) for part in parts)
+
+    def restore(self) -> None:
+        """Set all back, but for the mode, and for the tensors that `fx.Tracer` has given the root."""
+        for container, items in (each for held in self.held.values() for each in held):
+            if not _same(container, items):
+                made = self._made() if container is self.root.__dict__ else {}
+                _refill(container, items)
+                container.update(made) if made else None
+        for kind, items in self.classes:
+            for name, value in items.items():
+                if vars(kind).get(name, kind) is not value:
+                    setattr(kind, name, value)
+            for name in vars(kind).keys() - items.keys():
+                delattr(kind, name)
+
+    def undo(self) -> None:
+        """Set all back."""
+        self.restore()
+        for name in self._made():
+            del self.root.__dict__[name]
+        for (attributes, items), mode in self.modes:
+            attributes["training"] = items["training"] = mode
+
+    def _made(self) -> dict[str, Any]:
+        before = self.held[id(self.root)][0][1]
+        now = self.root.__dict__
+        return {name: value for name, value in now.items() if name.startswith("_tensor_constant") and name not in before}
+
+    def _differs(self, held: Any) -> bool:
+        for container, items in held:
+            if not _same(container, items):
+                made = self._made() if container is self.root.__dict__ else {}
+                if not made or not _same({name: value for name, value in container.items() if name not in made}, items):
+                    return True
+        return False
 
 
-def _containers(root: Any, seen: set[int]) -> Iterator[Any]:
-    """The built-in containers that are reachable from `root`, also through objects of classes that users define."""
+def _containers(root: Any, seen: set[int], modules: Mapping[int, nn.Module]) -> Iterator[Any]:
+    """The built-in containers that are reachable from `root`, also through objects of classes that users define.
+
+    And through modules, but for those in `modules`: whoever asks goes through these himself.
+    """
     stack = [root]
     while stack:
         value = stack.pop()
         kind = type(value)
-        if kind in _ATOMS or id(value) in seen or isinstance(value, (nn.Module, Tensor, type, types.FunctionType)):
+        if kind in _ATOMS or id(value) in seen or id(value) in modules:
+            continue
+        if isinstance(value, (Tensor, type, types.FunctionType, torch.jit.ScriptModule)):
             continue
         seen.add(id(value))
         if kind in _GENERATORS:
@@ -65,7 +117,9 @@ def _containers(root: Any, seen: set[int]) -> Iterator[Any]:
             stack.append(value.__self__)
         elif isinstance(value, functools.partial):
             stack += (value.func, value.args, value.keywords)
-        elif kind.__module__.partition(".")[0] not in _NOT_USERS and hasattr(value, "__dict__"):
+        elif isinstance(value, nn.Module) or (
+            kind.__module__.partition(".")[0] not in _NOT_USERS and hasattr(value, "__dict__")
+        ):
             stack.append(value.__dict__)
 
 
@@ -102,12 +156,14 @@ def _refill(container: Any, items: Any) -> None:
     (container.extend if isinstance(items, list) else container.update)(items)
 
 
-def _same(a: Any, b: Any) -> bool:
-    """Whether two `_items` are the same objects."""
-    if not isinstance(a, (dict, list, set)):
-        return bool(a == b)
-    if len(a) != len(b):
-        return False
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(value is b[key] for key, value in a.items())
-    return a == b if isinstance(a, set) else all(x is y for x, y in zip(a, b, strict=True))
+def _same(container: Any, items: Any) -> bool:
+    """Whether a container still holds the same objects, in the same order."""
+    if isinstance(container, dict):
+        return (
+            len(container) == len(items)
+            and all(map(operator.is_, container.values(), items.values()))
+            and container.keys() == items.keys()
+        )
+    if isinstance(container, set) or type(container) in _GENERATORS:
+        return bool(_items(container) == items)
+    return len(container) == len(items) and all(map(operator.is_, container, items))

@@ -8,6 +8,7 @@ module it belongs to is left alone.
 from __future__ import annotations
 
 import collections
+import re
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -16,10 +17,12 @@ from typing import Any, cast
 import torch
 from torch import Tensor, fx, nn
 
+from se_fx.capture.questions import A_TENSOR, ambient, matches_structure
 from se_fx.capture.randomness import random_state, set_random_state
-from se_fx.capture.values import CHECKPOINT, CHECKPOINTS, Value, ambient, watched
+from se_fx.capture.snapshot import Snapshot
+from se_fx.capture.values import CHECKPOINT, CHECKPOINTS, WRITES, Value, watched
 from se_fx.errors import reason_of
-from se_fx.regions import EXCITE, excitement
+from se_fx.regions import EXCITE, excitement, hooked, reserve_names
 
 __all__ = ["DRAWS", "Call", "Tracer"]
 
@@ -55,7 +58,8 @@ class Tracer(fx.Tracer):
         opaque: submodules to keep as `call_module`, by qualified name, with the reason. `self.opaque` gains those found.
         entered: all modules whose code is to be looked into; None for every module to be a leaf.
         inputs: values for the code to see in place of the root's arguments of these names.
-        watch_randomness: have submodules turn opaque whose code draws random numbers other than as tensors' values.
+        snapshot: the state of the root and all within, as it was before; None to ignore what code changes.
+        watch: find out whose code draws random numbers other than as tensors' values, or changes state; it turns opaque.
     """
 
     proxy_buffer_attributes = True  # else arithmetic between buffers would be done once, while tracing
@@ -65,13 +69,15 @@ class Tracer(fx.Tracer):
         opaque: dict[str, str] | None = None,
         entered: set[nn.Module] | None = None,
         inputs: dict[str, Any] | None = None,
-        watch_randomness: bool = False,
+        snapshot: Snapshot | None = None,
+        watch: bool = False,
     ) -> None:
         super().__init__(autowrap_functions=(CHECKPOINT,))
         self.opaque = dict(opaque or {})
         self.entered = entered or set()
         self.inputs = inputs or {}
-        self.watch_randomness = watch_randomness
+        self.snapshot = snapshot
+        self.watch = watch
         self.called: set[str] = set()
         self.calls = self._call = Call("")
         self.made: dict[str, Tensor] = {}
@@ -92,23 +98,28 @@ class Tracer(fx.Tracer):
         name = self.path_of_module(m)
         self.called.add(name)
         if self.is_leaf_module(m, name):
-            if type(m).__call__ is not nn.Module.__call__ and not isinstance(m, fx.GraphModule):
+            if not str(type(m).__call__.__module__).startswith("torch."):
                 raise self.refuse(f"calls a {type(m).__name__}, whose __call__ is its own")
+            if self.snapshot is not None and self.snapshot.changed(m):
+                raise self.refuse(WRITES)
             blocks = excitement(m)
             output = super().call_module(m, forward, args, {**kwargs, EXCITE: False} if blocks else kwargs)
             for container, block in blocks:  # seen as nodes of their own
                 output = getattr(container, block)(output)
             return output
+        self._check_writes()  # of the caller's
         given = {**dict(enumerate(args)), **kwargs}
         call = Call(name, self._call, {key: value.node for key, value in given.items() if type(value) is Value})
         steps, self._call = len(self._call.steps), call
         call.caller.steps.append(call)  # type: ignore[union-attr]
-        stack, randomness = self.module_stack.copy(), random_state() if self.watch_randomness else None
+        stack, randomness = self.module_stack.copy(), random_state() if self.watch else None
         try:
+            _check_code(m)
             result = super().call_module(m, forward, args, kwargs)
             if randomness is not None and random_state() != randomness:
                 set_random_state(randomness)  # lest the callers be blamed too
                 raise fx.proxy.TraceError(DRAWS)
+            self._check_writes()
             if self.refused:  # and the code has caught that
                 raise fx.proxy.TraceError(self.refused)
             call.output = result.node if type(result) is Value else None
@@ -118,7 +129,15 @@ class Tracer(fx.Tracer):
             self.module_stack, self.refused, self._call = stack, None, call.caller  # type: ignore[assignment]
             del self._call.steps[steps:]
             self.opaque[name] = reason_of(error)
+            if self.watch and self.snapshot is not None:
+                self.snapshot.restore()
             return super().call_module(m, forward, args, kwargs)
+
+    def _check_writes(self) -> None:
+        """While watching: undo what the code that runs now has changed, lest others be blamed too, and refuse it."""
+        if self.watch and self.snapshot is not None and self.snapshot.changed():
+            self.snapshot.restore()
+            raise self.refuse(WRITES)
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, fx.Proxy]) -> Any:
         """What the code being traced sees as a module's attribute: tensors are traced values."""
@@ -174,10 +193,28 @@ class Tracer(fx.Tracer):
         """A loop over a value."""
         raise self.refuse("iterates over a value")
 
+    def is_recorded(self, module: nn.Module) -> bool:
+        """Whether a module is one of those whose calls are recorded, or within one."""
+        if self.snapshot is None or id(module) not in self.snapshot.held:
+            return False
+        if module not in self.entered:
+            return True
+        name = self.path_of_module(module)
+        return any(name == outer or name.startswith(outer + ".") for outer in self.opaque)
+
+    def example_of(self, node: fx.Node) -> Tensor | None:
+        """What a node yields, `A_TENSOR` for a tensor not known yet, None where it may be something else."""
+        if node.op != "get_attr":
+            return A_TENSOR if self.is_tensor(node) else None
+        path, _, name = str(node.target).rpartition(".")
+        owner = self.root.get_submodule(path)
+        return next((held[name] for held in (owner._parameters, owner._buffers, owner.__dict__) if name in held), None)
+
     def is_tensor(self, node: fx.Node) -> bool:
         """Whether a node certainly yields a tensor."""
         if node.op == "call_module":
-            return isinstance(self.root.get_submodule(str(node.target)), _PLAIN)
+            module = self.root.get_submodule(str(node.target))
+            return isinstance(module, _PLAIN) and not hooked(module) and _returns_a_tensor(module)
         if node.op == "get_attr":
             return True
         name = node.target if node.op == "call_method" else getattr(node.target, "__name__", "")
@@ -185,6 +222,7 @@ class Tracer(fx.Tracer):
 
     def create_args_for_root(self, *args: Any, **kwargs: Any) -> tuple[Any, list[Any]]:
         """The root's function and what to call it with."""
+        reserve_names(self.graph)
         function, values = super().create_args_for_root(*args, **kwargs)
         given = [self.inputs.get(str(v.node.target).lstrip("*"), v) if type(v) is Value else v for v in values]
         return function, given
@@ -195,6 +233,8 @@ class Tracer(fx.Tracer):
 
     def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
         """Trace `root`; see `fx.Tracer.trace`."""
+        if self.snapshot is not None:
+            _check_code(root)
         present = set(root.__dict__)
         tensors = (*root.parameters(), *root.buffers()) if self.entered else ()
         self.own_tensors = {id(tensor) for tensor in tensors}
@@ -204,6 +244,8 @@ class Tracer(fx.Tracer):
                 graph = super().trace(root, concrete_args)
         if self.refused:
             raise fx.proxy.TraceError(self.refused)
+        if hidden := _hidden_by_arguments(graph):
+            raise fx.proxy.TraceError(f"has an argument called {hidden!r}, a name that generated code needs")
         for node in graph.nodes:
             if isinstance(node.type, str):  # a postponed annotation, whose name means nothing to the graph's code
                 node.type = None
@@ -212,6 +254,31 @@ class Tracer(fx.Tracer):
             del root.__dict__[key]
         self.made = made
         return graph
+
+
+def _returns_a_tensor(module: nn.Module) -> bool:
+    """Whether a module of a class derived from one of PyTorch's returns what these do, or says that it does."""
+    forward = type(module).forward
+    declared = str(getattr(forward, "__annotations__", {}).get("return"))  # a class, or its name
+    own = not forward.__module__.startswith("torch.nn.") and declared not in ("Tensor", "torch.Tensor", str(Tensor))
+    return not own and "forward" not in module.__dict__
+
+
+def _check_code(module: nn.Module) -> None:
+    if matches_structure(type(module)):
+        raise fx.proxy.TraceError("may match the structure of a value, which a graph would freeze")
+
+
+def _hidden_by_arguments(graph: fx.Graph) -> str | None:
+    """A name that an argument takes from the graph's code, which keeps arguments' names: PyTorch's, or a built-in's."""
+    named = {str(node.target).lstrip("*"): node.name for node in graph.nodes if node.op == "placeholder"}
+    renamed = [target for target, name in named.items() if target != name]
+    needed = {"self", *fx.graph._custom_builtins}
+    if not renamed or needed.intersection(renamed):
+        return next((target for target in renamed if target in needed), None)
+    # Their values are read once, where nodes' names are given to them.
+    _, body = graph.python_code("self").src.lstrip().split("\n", 1)
+    return next((each for each in renamed if len(re.findall(rf"(?<![.\w]){each}\b(?!\s*=)", body)) > 1), None)
 
 
 _TUPLES = frozenset(

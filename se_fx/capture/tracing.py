@@ -11,12 +11,11 @@ from torch import Tensor, fx, nn
 from se_fx.capture.randomness import random_state
 from se_fx.capture.snapshot import Snapshot
 from se_fx.capture.tracer import DRAWS, Call, Tracer
+from se_fx.capture.values import WRITES
 from se_fx.errors import reason_of
 from se_fx.regions import constants_of, hooked
 
 __all__ = ["Tracing", "Untraceable"]
-
-_KEEPS_STATE = "keeps state in attributes, which a graph would not update"
 
 
 class Untraceable(Exception):
@@ -50,6 +49,7 @@ class Tracing:
         self.constants = constants_of(module)
         self.called: set[str] = set()
         self.calls: dict[fx.Graph, Call] = {}
+        self.snapshot = Snapshot(module)
         for name, child in module.named_modules():
             if child is module or child not in entered:
                 continue
@@ -80,36 +80,26 @@ class Tracing:
     def _trace(self, training: bool, defaults: dict[str, Any] | None = None, watch: bool = False) -> fx.Graph:
         if "forward" in self.module.__dict__:
             raise Untraceable("its forward was replaced on the instance", self.called)
-        snapshot = Snapshot(self._inlined(), training)
-        tracer = Tracer(self.opaque, self.entered, defaults, watch)
+        self.snapshot.set_mode(training)
+        tracer = Tracer(self.opaque, self.entered, defaults, self.snapshot, watch)
         randomness = random_state()
         try:
             graph = tracer.trace(self.module)
         except Exception as error:
             raise Untraceable(reason_of(error), self.called | tracer.called) from error
         finally:
-            changed = snapshot.undo()
-        if random_state() != randomness and not watch:
-            return self._trace(training, defaults, watch=True)
-        if random_state() != randomness and tracer.opaque == self.opaque:
-            raise Untraceable(DRAWS, self.called)
-        for name, module in changed.items():
-            if module is self.module:
-                raise Untraceable(_KEEPS_STATE, self.called | tracer.called)
-            tracer.opaque[name] = _KEEPS_STATE
+            wrote = self.snapshot.changed()
+            self.snapshot.undo()
+        drew = random_state() != randomness
+        if (drew or wrote) and tracer.opaque == self.opaque:
+            if not watch:  # whose code that was is not known yet
+                return self._trace(training, defaults, watch=True)
+            raise Untraceable(DRAWS if drew else WRITES, self.called | tracer.called)
         self.opaque.update(tracer.opaque)
         self.called |= tracer.called
         self.calls[graph] = tracer.calls
         self._keep(tracer.made, graph, "train" if training else "eval")
         return graph
-
-    def _inlined(self) -> dict[str, nn.Module]:
-        """The modules whose own code the trace will run, by name."""
-        return {
-            name: module
-            for name, module in self.module.named_modules()
-            if module in self.entered and not any(name == outer or name.startswith(outer + ".") for outer in self.opaque)
-        }
 
     def _keep(self, made: dict[str, Tensor], graph: fx.Graph, mode: str) -> None:
         """Keep the constants of one trace, under another name where the other mode's trace made a different one."""

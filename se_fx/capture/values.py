@@ -6,10 +6,9 @@ everywhere else it raises, and the module whose code asked is left alone.
 
 from __future__ import annotations
 
-import builtins
 import contextlib
+import dis
 import operator
-import os
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -17,35 +16,52 @@ from typing import Any, Protocol
 
 import torch
 import torch.utils.checkpoint
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 
-__all__ = ["CHECKPOINT", "CHECKPOINTS", "Value", "ambient", "watched"]
+from se_fx.capture.questions import CLASS, TRACED, Asked, asking, from_torch
 
+__all__ = ["CHECKPOINT", "CHECKPOINTS", "WRITES", "Value", "watched"]
+
+WRITES = "keeps state in attributes, which a graph would not update"
 CHECKPOINT = torch.utils.checkpoint.checkpoint
 CHECKPOINTS = "checkpoints activations, which a graph would drop"
 
 
-class Recorder(Protocol):
+class Recorder(Asked, Protocol):
     """What a value knows of the tracer that made it."""
 
-    thread: int
+    entered: set[nn.Module]
     own_tensors: set[int]
 
-    def refuse(self, reason: str) -> Exception:
-        """The error to raise where the code does what a graph can't."""
-
-    def is_tensor(self, node: fx.Node) -> bool:
-        """Whether a node certainly yields a tensor."""
+    def is_recorded(self, module: nn.Module) -> bool:
+        """Whether a module is one of those whose calls are recorded, or within one."""
 
     def create_proxy(self, kind: str, target: Any, args: Any, kwargs: Any) -> Any:
         """Record a node."""
+
+
+# How bytecode asks for a class: `value.__class__`, and `case Tensor():`.
+_ASKING = {dis.opmap[name] for name in ("LOAD_ATTR", "LOAD_METHOD", "MATCH_CLASS") if name in dis.opmap}
 
 
 class _Strict:
     """What a graph can't answer or hold raises: a hash, an attribute that is set, a deep copy."""
 
     tracer: Any
+    node: Any
+
+    def _told_class(self) -> type:
+        """What code is told that asks for it. Functions written in C, which take tensors apart, are told what the value is."""
+        frame = sys._getframe(1)
+        if from_torch(frame) or frame.f_code.co_code[frame.f_lasti] not in _ASKING:
+            return type(self)
+        example = self.tracer.example_of(self.node)
+        if example is None:
+            raise self.tracer.refuse(CLASS)
+        return type(example)
+
+    __class__ = property(_told_class)
 
     def __setattr__(self, k: str, value: Any) -> None:
         if k not in ("node", "tracer", "root", "attr", "_node"):
@@ -53,7 +69,7 @@ class _Strict:
         super().__setattr__(k, value)
 
     def __hash__(self) -> int:
-        if not _from_torch(sys._getframe(1)):
+        if not from_torch(sys._getframe(1)):
             raise self.tracer.refuse("looks a value up in a set or dict")
         return id(self)
 
@@ -73,6 +89,13 @@ class Value(_Strict, fx.Proxy):
             raise self.tracer.refuse(f"reads the attribute {k!r} of a value")
         return _Attribute(self, k)
 
+    @property
+    def keys(self) -> Any:
+        """What tells a dict from a tensor; its keys are unknown."""
+        if from_torch(sys._getframe(1)):
+            return super().keys
+        raise self.tracer.refuse("asks for the keys of a value")
+
     def __setitem__(self, key: Any, value: Any) -> None:
         self.tracer.create_proxy("call_function", operator.setitem, (self, key, value), {})
 
@@ -87,49 +110,7 @@ def _in_place(name: str) -> Callable[[Value, Any], Any]:
 for _name in ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "iand", "ior", "ixor", "imatmul"):
     setattr(Value, f"__{_name}__", _in_place(_name))  # fx records `y += 1` as `y + 1`
 
-_TORCH, _HERE = (os.path.dirname(file) + os.sep for file in (torch.__file__, __file__))
-_isinstance: Callable[[Any, Any], bool] = isinstance  # this and the next are patched while tracing
-_is_grad_enabled = torch.is_grad_enabled
-
-
-def _from_torch(frame: Any) -> bool:
-    """Whether a frame runs PyTorch's own code, or this package's; `torch.is_tensor` asks for its caller."""
-    path = str(frame.f_code.co_filename)
-    return path.startswith(_HERE) or (path.startswith(_TORCH) and frame.f_code.co_name != "is_tensor")
-
-
-@contextlib.contextmanager
-def _watched_builtins(tracer: Recorder) -> Iterator[None]:
-    """Answer the questions that code may ask about values where the answer is certain; else raise."""
-
-    def isinstance_(value: Any, kinds: Any) -> bool:
-        if type(value) not in _TRACED or _from_torch(sys._getframe(1)):
-            return _isinstance(value, kinds)
-        if tracer.is_tensor(value.node):
-            return bool(issubclass(Tensor, kinds))
-        raise tracer.refuse("asks for the class of a value")
-
-    def refusing(original: Callable[..., Any]) -> Callable[..., Any]:
-        def ask(*args: Any, **kwargs: Any) -> Any:
-            if threading.get_ident() == tracer.thread and not _from_torch(sys._getframe(1)):
-                raise tracer.refuse(f"asks {original.__name__}(), which a graph would freeze")
-            return original(*args, **kwargs)
-
-        return ask
-
-    questions = {name: getattr(torch, name) for name in ("is_grad_enabled", "is_autocast_enabled", "is_inference_mode_enabled")}
-    try:
-        builtins.isinstance = isinstance_
-        for name, original in questions.items():
-            setattr(torch, name, refusing(original))
-        yield
-    finally:
-        builtins.isinstance = _isinstance
-        for name, original in questions.items():
-            setattr(torch, name, original)
-
-
-_TRACED = {Value, _Attribute}
+TRACED |= {Value, _Attribute}
 _SHAPES = frozenset({"shape", "size", "dim", "ndim", "numel", "stride", "requires_grad", "is_leaf", "__hash__", "__len__"})
 
 
@@ -151,7 +132,7 @@ class _Functions(TorchFunctionMode):
             raise self.tracer.refuse("seeds random numbers of its own")
         name = getattr(func, "__name__", "")
         in_place = (name.endswith("_") and not name.endswith("__")) or name.startswith("__i") or name == "__setitem__"
-        if in_place and args and type(args[0]) is Tensor and len({type(arg) for arg in args} & _TRACED):
+        if in_place and args and type(args[0]) is Tensor and len({type(arg) for arg in args} & TRACED):
             raise self.tracer.refuse("changes a tensor that it has made by a value")
         read = getattr(getattr(func, "__self__", None), "__name__", getattr(func, "__name__", ""))
         if read not in _SHAPES and any(id(arg) in self.tracer.own_tensors for arg in args):
@@ -179,12 +160,22 @@ def _no_checkpointing() -> Iterator[None]:
 @contextlib.contextmanager
 def watched(tracer: Recorder) -> Iterator[None]:
     """Within, `tracer` is told of what code asks and does that a graph can't hold."""
-    with _Functions(tracer), _no_checkpointing(), _watched_builtins(tracer):
+    with _Functions(tracer), _no_checkpointing(), _no_writes(tracer), asking(tracer, tracer.entered):
         yield
 
 
-def ambient() -> tuple[bool, int]:
-    """The grad mode and the depth of autocast, which graphs do not hold."""
-    nesting = torch.autocast_increment_nesting()
-    torch.autocast_decrement_nesting()
-    return _is_grad_enabled(), nesting
+@contextlib.contextmanager
+def _no_writes(tracer: Recorder) -> Iterator[None]:
+    """Refuse attributes that are set on modules whose calls are recorded, be it to what they are now, or for a while."""
+    original = nn.Module.__setattr__
+
+    def set_(self: nn.Module, name: str, value: Any) -> None:
+        if threading.get_ident() == tracer.thread and tracer.is_recorded(self):
+            raise tracer.refuse(WRITES)
+        original(self, name, value)
+
+    try:
+        nn.Module.__setattr__ = set_  # type: ignore[method-assign]
+        yield
+    finally:
+        nn.Module.__setattr__ = original  # type: ignore[method-assign]

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import fx, nn
 
 from se_fx.capture import Call, Capture, Region, collector_paused
@@ -220,6 +221,7 @@ def undone_on_failure(model: nn.Module) -> Iterator[None]:
     before = [
         (module, type(module), dict(module.__dict__), {name: module.__dict__[name].copy() for name in kept})
         for module in model.modules()
+        if not isinstance(module, torch.jit.ScriptModule)  # which nothing is put into
     ]
     try:
         yield

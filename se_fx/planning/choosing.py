@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -86,14 +86,14 @@ def choose(capture: Capture, options: Options) -> Choice:
     placement = names.of("placement", options.placement)
     before = plan_within(capture.model)
     convs = _convs(capture, before)
-    if not convs:
+    if not convs and not capture.closed:
         raise SqueezeExciteError(
             f"model: {type(capture.model).__name__} has no nn.Conv2d for a block to follow; calls of F.conv2d and "
             "convolutions of one or three dimensions get none"
         )
     places = places_of(capture, policy_of(placement, names.callables))
     taken = {site.name for site in before.sites}
-    if not places and not taken:
+    if not places and not taken and convs:
         others = " or ".join(repr(name) for name, policy in PLACEMENTS.items() if places_of(capture, policy))
         raise SqueezeExciteError(
             f"placement={placement!r}: the graphs of {type(capture.model).__name__} have no such place; "
@@ -110,6 +110,7 @@ def choose(capture: Capture, options: Options) -> Choice:
             sites.append(_site(name, places[name].channels, placement, options.of(name), names))
         else:
             skipped.append(Skip(name, conv.out_channels, reason))
+    skipped += _closed_convs(capture)
     plan = _with_model(Plan(tuple(sites), tuple(skipped), callables=names.callables), capture, before)
     return Choice(capture, plan, places, convs, before)
 
@@ -139,6 +140,7 @@ def fit(capture: Capture, plan: Plan) -> Choice:
     skipped = tuple(
         Skip(name, conv.out_channels, reasons.get(name, "not in the plan")) for name, conv in convs.items() if name not in names
     )
+    skipped += tuple(_closed_convs(capture))
     sites = tuple(_with_parameters(site, plan.callables) for site in left)
     fitted = _with_model(dataclasses.replace(plan, sites=sites, skipped=skipped), capture, before)
     return Choice(capture, fitted, {site.name: found[site.placement][site.name] for site in left}, convs, before)
@@ -219,7 +221,17 @@ def _with_model(plan: Plan, capture: Capture, there: Plan) -> Plan:
 def _convs(capture: Capture, there: Plan) -> dict[str, nn.Conv2d]:
     """The model's own Conv2d layers by qualified name; not those of the blocks that it has already."""
     convs = {name: module for name, module in capture.model.named_modules() if isinstance(module, nn.Conv2d)}
-    return {name: conv for name, conv in convs.items() if not there.sites or CONTAINER not in name.split(".")}
+    own = {name: conv for name, conv in convs.items() if not there.sites or CONTAINER not in name.split(".")}
+    return {name: conv for name, conv in own.items() if capture.within_closed(name) is None}
+
+
+def _closed_convs(capture: Capture) -> Iterator[Skip]:
+    """The Conv2d layers in compiled and scripted parts, as far as they can be seen."""
+    for name, module in capture.model.named_modules():
+        part = capture.within_closed(name)
+        if part is not None and (isinstance(module, nn.Conv2d) or getattr(module, "original_name", "") == "Conv2d"):
+            reason = capture.opaque[part]
+            yield Skip(name, int(module.out_channels), reason if name == part else f"is in {part!r}, which {reason}")
 
 
 def _attention(capture: Capture) -> set[str]:

@@ -100,13 +100,19 @@ def _carry_method(value: types.MethodType, memo: dict[int, Any]) -> Any:
 
 def _carry_function(value: types.FunctionType, memo: dict[int, Any]) -> Any:
     """Closures over modules are made anew over their copies; nothing else a function refers to is looked into."""
+    if id(value) in memo:
+        return memo[id(value)]
+    memo[id(value)] = value  # for those that refer to themselves
     cells = value.__closure__ or ()
     contents = [cell.cell_contents for cell in cells if _is_filled(cell)]
-    if len(contents) != len(cells) or not any(id(content) in memo for content in (*contents, *(value.__defaults__ or ()))):
+    inner = [_carry(each, memo) if type(each) in _CODE else memo.get(id(each), each) for each in contents]
+    defaults = [memo.get(id(default), default) for default in value.__defaults__ or ()]
+    before = (*contents, *(value.__defaults__ or ()))
+    if len(contents) != len(cells) or all(new is old for new, old in zip((*inner, *defaults), before, strict=True)):
         return value
-    closure = tuple(types.CellType(memo.get(id(content), content)) for content in contents)
-    defaults = tuple(memo.get(id(default), default) for default in value.__defaults__ or ()) or None
-    copied = types.FunctionType(value.__code__, value.__globals__, value.__name__, defaults, closure)
+    closure = tuple(map(types.CellType, inner))
+    copied = types.FunctionType(value.__code__, value.__globals__, value.__name__, tuple(defaults) or None, closure)
+    memo[id(value)] = copied
     copied.__kwdefaults__ = value.__kwdefaults__
     copied.__dict__.update(value.__dict__)
     copied.__qualname__ = value.__qualname__
@@ -140,3 +146,5 @@ _CARRIED: dict[type, Callable[[Any, dict[int, Any]], Any]] = {
     functools.partial: _carry_partial,
     weakref.ref: _carry_weakref,
 }
+#: What a closure may hold that leads on to modules: so has the code of a module that is compiled.
+_CODE = (types.MethodType, types.FunctionType)

@@ -31,6 +31,7 @@ __all__ = [
     "host_graphs_of",
     "is_region",
     "own_class",
+    "reserve_names",
     "restore_code",
     "run_graphs",
     "run_host_graphs",
@@ -59,9 +60,15 @@ def view(module: nn.Module, graph: fx.Graph, *, compiled: bool = True) -> fx.Gra
     return made
 
 
+def reserve_names(graph: fx.Graph) -> None:
+    """Keep nodes of a new graph from being called ``self``, as fx would call that of a child of this name."""
+    graph._graph_namespace.create_name("self", None)
+
+
 def copied(graph: fx.Graph) -> tuple[fx.Graph, dict[fx.Node, fx.Node]]:
     """The same nodes again, over the same modules; and for each node its twin there."""
     again = fx.Graph(tracer_cls=graph._tracer_cls)
+    reserve_names(again)
     twin: dict[fx.Node, fx.Node] = {}
     value, output = cast("tuple[Any, fx.Node]", again.graph_copy(graph, twin, return_output_node=True))
     twin[output] = again.output(value, type_expr=output.type)

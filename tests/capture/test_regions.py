@@ -94,7 +94,7 @@ def test_a_conv_called_from_two_regions_has_one_block_applied_once_a_call() -> N
     model = nn.Sequential(shared, Half(shared))
     result = se_fx.transform(model, min_channels=1, latent_channels=2)
     assert [key for key in result.state_dict() if "squeeze" in key and key.startswith("0.")] == [
-        "0.squeeze_excite.fc1.weight", "0.squeeze_excite.fc2.weight",
+        "0.squeeze_excite._extra_state", "0.squeeze_excite.fc1.weight", "0.squeeze_excite.fc2.weight",
     ]  # fmt: skip
     block = result.get_submodule("0.squeeze_excite")
     x = block(shared(X))
