@@ -94,15 +94,14 @@ def capture(model: nn.Module, *, finely: bool = False) -> Capture:
         SqueezeExciteError: `model` is not an `nn.Module`, or is wrapped, compiled, scripted or not initialised yet.
     """
     check_plain(model)
-    scratch = clone(model)
-    for module in scratch.modules():
-        if not module.__dict__.get("_edited"):  # its code holds the same, and says what calls what
-            restore_code(module, hosts=False)
+    scratch = _clone_with_code(model)
     closed = closed_parts(scratch)
     shut = {part for name in closed for part in scratch.get_submodule(name).modules()}
-    entered = (set(filter(is_foreign, set(scratch.modules()) - shut)) if finely else _conv_holders(scratch)) - shut
+    entered = _entered(scratch, shut, finely)
     names = {id(module): name for name, module in scratch.named_modules()}
     regions: list[Region] = []
+    written: set[int] = set()
+    inlined: set[int] = set()
     holding = _with_convs(closed, scratch)
     opaque = dict(holding)
 
@@ -115,7 +114,7 @@ def capture(model: nn.Module, *, finely: bool = False) -> Capture:
         if module not in entered or isinstance(module, nn.Conv2d):
             return
         try:
-            tracing = Tracing(module, entered, (False,) if finely else (True, False))
+            tracing = Tracing(module, entered, (False,) if finely else (True, False), written)
             region = Region(path, module, tracing.graphs(), tracing.constants, tracing.calls)
         except Untraceable as untraceable:
             opaque[path] = str(untraceable)
@@ -123,6 +122,7 @@ def capture(model: nn.Module, *, finely: bool = False) -> Capture:
                 visit(child)
             return
         regions.append(region)
+        inlined.update(tracing.inlined())
         for name in tracing.opaque:
             visit(module.get_submodule(name))
 
@@ -130,6 +130,11 @@ def capture(model: nn.Module, *, finely: bool = False) -> Capture:
         randomness = random_state()
         try:
             visit(scratch)
+            while written & inlined:  # a graph holds what code has written that was traced after it
+                for found in (regions, inlined, opaque):
+                    found.clear()
+                opaque.update(holding)
+                visit(scratch)
         finally:
             set_random_state(randomness)
     _share(regions, scratch)
@@ -182,6 +187,19 @@ def collector_paused() -> Iterator[None]:
     finally:
         if enabled:
             gc.enable()
+
+
+def _clone_with_code(model: nn.Module) -> nn.Module:
+    scratch = clone(model)
+    for module in scratch.modules():
+        if not module.__dict__.get("_edited"):  # its code holds the same, and says what calls what
+            restore_code(module, hosts=False)
+    return scratch
+
+
+def _entered(model: nn.Module, shut: set[nn.Module], finely: bool) -> set[nn.Module]:
+    """The modules whose code is to be looked into."""
+    return set(filter(is_foreign, set(model.modules()) - shut)) if finely else _conv_holders(model) - shut
 
 
 def _with_convs(closed: dict[str, str], model: nn.Module) -> dict[str, str]:

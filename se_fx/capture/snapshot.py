@@ -26,10 +26,12 @@ class Snapshot:
 
     Args:
         root: the module.
+        written: gains the ids of modules within whose state has been changed.
     """
 
-    def __init__(self, root: nn.Module) -> None:
+    def __init__(self, root: nn.Module, written: set[int] | None = None) -> None:
         self.root = root
+        self.written = set() if written is None else written
         # What is scripted keeps its state elsewhere, and is not the clone's own.
         modules = {id(module): module for module in root.modules() if not isinstance(module, torch.jit.ScriptModule)}
         seen: set[int] = set()
@@ -58,8 +60,10 @@ class Snapshot:
 
     def restore(self) -> None:
         """Set all back, but for the mode, and for the tensors that `fx.Tracer` has given the root."""
-        for container, items in (each for held in self.held.values() for each in held):
+        for key, (container, items) in ((key, each) for key, held in self.held.items() for each in held):
             if not _same(container, items):
+                if self._differs([(container, items)]):
+                    self.written.add(key)
                 made = self._made() if container is self.root.__dict__ else {}
                 _refill(container, items)
                 container.update(made) if made else None

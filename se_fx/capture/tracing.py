@@ -17,6 +17,8 @@ from se_fx.regions import constants_of, hooked
 
 __all__ = ["Tracing", "Untraceable"]
 
+_WRITTEN = "has attributes that code sets which is in no graph"
+
 
 class Untraceable(Exception):
     """The root of a region can't be traced; `called` names the submodules its code called until then."""
@@ -33,6 +35,7 @@ class Tracing:
         module: the module, in a scratch clone of the model.
         entered: all modules whose code is to be looked into.
         modes: the values of `training` to trace it for.
+        written: gains the ids of the modules that code writes to. These can be part of no graph but of their own callers' code.
 
     Attributes:
         opaque: the submodules that stay calls, by name in the module, each with the reason.
@@ -41,7 +44,9 @@ class Tracing:
         calls: the tree of calls behind each graph.
     """
 
-    def __init__(self, module: nn.Module, entered: set[nn.Module], modes: tuple[bool, ...]) -> None:
+    def __init__(
+        self, module: nn.Module, entered: set[nn.Module], modes: tuple[bool, ...], written: set[int] | None = None
+    ) -> None:
         self.module = module
         self.entered = entered
         self.modes = modes
@@ -49,7 +54,8 @@ class Tracing:
         self.constants = constants_of(module)
         self.called: set[str] = set()
         self.calls: dict[fx.Graph, Call] = {}
-        self.snapshot = Snapshot(module)
+        self.snapshot = Snapshot(module, written)
+        self._leave_alone_what_is_written()
         for name, child in module.named_modules():
             if child is module or child not in entered:
                 continue
@@ -67,6 +73,8 @@ class Tracing:
             graphs = {training: self._trace(training) for training in self.modes}
             if len(self.opaque) == known:
                 break
+        if id(self.module) in self.snapshot.written:
+            raise Untraceable(_WRITTEN, self.called)
         if self._depends_on_optional_arguments(graphs[False]):
             raise Untraceable("its code depends on optional arguments of forward", self.called)
         nodes = [node for graph in graphs.values() for node in graph.nodes]
@@ -96,10 +104,21 @@ class Tracing:
                 return self._trace(training, defaults, watch=True)
             raise Untraceable(DRAWS if drew else WRITES, self.called | tracer.called)
         self.opaque.update(tracer.opaque)
+        self._leave_alone_what_is_written()
         self.called |= tracer.called
         self.calls[graph] = tracer.calls
         self._keep(tracer.made, graph, "train" if training else "eval")
         return graph
+
+    def _leave_alone_what_is_written(self) -> None:
+        for name, child in self.module.named_modules():
+            if id(child) in self.snapshot.written and child is not self.module and child in self.entered:
+                self.opaque.setdefault(name, _WRITTEN)
+
+    def inlined(self) -> set[int]:
+        """The ids of the modules whose code is in the graphs."""
+        named = ((name, module) for name, module in self.module.named_modules() if module in self.entered)
+        return {id(m) for name, m in named if not any(name == outer or name.startswith(outer + ".") for outer in self.opaque)}
 
     def _keep(self, made: dict[str, Tensor], graph: fx.Graph, mode: str) -> None:
         """Keep the constants of one trace, under another name where the other mode's trace made a different one."""

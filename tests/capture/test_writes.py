@@ -232,6 +232,54 @@ def test_not_the_module_that_is_written_to(body: Callable[..., Any], training: b
     assert_goes_on_the_same(model, training)
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_what_is_written_to_by_code_in_no_graph_is_in_none_either(training: bool) -> None:
+    model = Outer(counts_for_its_child)
+    assert capture(model.train(training)).opaque.keys() == {"", "inner"}
+    assert_goes_on_the_same(model, training)
+
+
+class Siblings(nn.Module):
+    """One writes to the other, and is called after it, or before it."""
+
+    def __init__(self, first: bool) -> None:
+        super().__init__()
+        self.reader, self.writer, self.first = Inner(), Inner(), first
+        self.writer.hidden, self.writer.body = [self.reader], raises_the_factor
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.reader(self.writer(x)) if self.first else self.writer(self.reader(x))
+
+
+def raises_the_factor(self, x):
+    self.hidden[0].factor += 1
+    return self.conv(x)
+
+
+@pytest.mark.parametrize("around", [lambda m: m, lambda m: nn.Sequential(Branches(), m)])
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("first", [True, False])
+def test_one_child_writes_to_another(first: bool, training: bool, around: Callable[..., Any]) -> None:
+    model = around(Siblings(first))
+    assert {name.rpartition(".")[2] for name in capture(model.train(training)).opaque} >= {"reader", "writer"}
+    assert_goes_on_the_same(model, training)
+
+
+class Branches(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x if x.sum() > 0 else -x
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_child_that_is_switched_to_eval_keeps_its_own_mode(training: bool) -> None:
+    def switches(self, x):
+        self.inner.eval()
+        return self.last(self.inner(x))
+
+    model = Outer(switches, lambda self, x: F.dropout(self.batch_norm(self.conv(x)), 0.5, self.training))
+    assert_goes_on_the_same(model, training)
+
+
 def test_both_where_both_write() -> None:
     model = Outer(counts_for_its_leaf, counts_domains_of_a_leaf)
     assert capture(model).opaque.keys() == {"", "inner"}
