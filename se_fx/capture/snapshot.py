@@ -74,13 +74,16 @@ class Snapshot:
             for name in vars(kind).keys() - items.keys():
                 delattr(kind, name)
 
-    def undo(self) -> None:
-        """Set all back."""
-        self.restore()
+    def undo(self) -> bool:
+        """Set all back; returns whether there was anything to."""
+        changed = self.changed()
+        if changed:
+            self.restore()
         for name in self._made():
             del self.root.__dict__[name]
         for (attributes, items), mode in self.modes:
             attributes["training"] = items["training"] = mode
+        return changed
 
     def _made(self) -> dict[str, Any]:
         before = self.held[id(self.root)][0][1]
@@ -163,6 +166,8 @@ def _refill(container: Any, items: Any) -> None:
 def _same(container: Any, items: Any) -> bool:
     """Whether a container still holds the same objects, in the same order."""
     if isinstance(container, dict):
+        if not container or not items:  # as are most, of hooks
+            return not container and not items
         return (
             len(container) == len(items)
             and all(map(operator.is_, container.values(), items.values()))

@@ -96,8 +96,7 @@ class Tracing:
         except Exception as error:
             raise Untraceable(reason_of(error), self.called | tracer.called) from error
         finally:
-            wrote = self.snapshot.changed()
-            self.snapshot.undo()
+            wrote = self.snapshot.undo()
         drew = random_state() != randomness
         if (drew or wrote) and tracer.opaque == self.opaque:
             if not watch:  # whose code that was is not known yet
