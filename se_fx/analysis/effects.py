@@ -38,6 +38,7 @@ class Effect:
         known: whether all this is known, and not only to be feared.
         wrote: the inputs that it was seen to write to, and all where it couldn't be run: what is likely, even of unknown code.
         pointwise: whether each element of the result is computed from the same elements of the inputs alone.
+        computes: the operators it consists of, other than those that give elements as they are, in another order or shape.
         reads: the inputs whose elements matter to it, as opposed to their sizes, types and places.
     """
 
@@ -48,6 +49,7 @@ class Effect:
     remembers: bool = True
     known: bool = False
     pointwise: bool = False
+    computes: frozenset[Any] = frozenset()
     reads: frozenset[fx.Node] = frozenset()
     wrote: frozenset[fx.Node] = frozenset()
 
@@ -96,6 +98,7 @@ class Effects:
             seen.remembers,
             known=True,
             pointwise=seen.pointwise,
+            computes=frozenset(seen.computes),
             reads=frozenset(seen.reads | seen.aliases | seen.writes),
             wrote=frozenset(seen.writes),
         )
@@ -120,7 +123,7 @@ class Effects:
 
     def _is_of_one(self, attribute: fx.Node, other: fx.Node) -> bool:
         """Whether two attributes are in one memory, or the same."""
-        return self._memory(str(attribute.target)) == self._memory(str(other.target))
+        return bool(self._memory(str(attribute.target)) == self._memory(str(other.target)))
 
     def _memory(self, attribute: str) -> Any:
         if attribute not in self._memories:

@@ -29,6 +29,7 @@ class Observed:
     escapes: bool = False
     remembers: bool = False
     pointwise: bool = True
+    computes: set[Any] = field(default_factory=set)
     casts: bool = False
     reads: set[Any] = field(default_factory=set)
 
@@ -79,7 +80,7 @@ def _key(node: fx.Node, root: nn.Module, inputs: Mapping[fx.Node, tuple[Any, ...
         if [*module.children(), *module.parameters(), *module.buffers()]:
             return None
         target = (type(module), repr(sorted((k, v) for k, v in module.__dict__.items() if not k.startswith("_"))))
-    call = repr(fx.map_arg((node.args, node.kwargs), lambda source: _Place(places[source])))  # type: ignore[arg-type, return-value]
+    call = repr(fx.map_arg((node.args, node.kwargs), lambda source: _Place(places[source])))
     values = [tree_map_only(Tensor, lambda t: (tuple(t.shape), str(t.dtype)), value) for value in inputs.values()]
     return (node.op, target, call, repr(["unknown" if UNKNOWN in leaves else leaves for leaves in values]))
 
@@ -93,8 +94,9 @@ class _Place(int):
 
 def _moved(seen: Observed, places: Mapping[Any, Any]) -> Observed:
     """With other things in the place of inputs."""
-    sets = {name: {places[source] for source in getattr(seen, name)} for name in ("aliases", "writes", "reads")}
-    return dataclasses.replace(seen, **sets, returns=None if seen.returns is None else places[seen.returns])
+    aliases, writes, reads = ({places[source] for source in sources} for sources in (seen.aliases, seen.writes, seen.reads))
+    returns = None if seen.returns is None else places[seen.returns]
+    return dataclasses.replace(seen, aliases=aliases, writes=writes, reads=reads, returns=returns)
 
 
 #: The types that casts are from and to: where none is needed, there may be no copy.
@@ -105,7 +107,8 @@ def _fresh(
     inputs: Mapping[fx.Node, tuple[Any, ...]], size: int, channels_last: bool, dtype: torch.dtype | None = None
 ) -> dict[fx.Node, Any]:
     """Inputs in memory of their own, of one of their sizes, in a memory format, perhaps of another type."""
-    some_map = torch.empty(2 + size, 3, 8, 8 + 4 * size, device="meta")
+    known = [value[size] for value in inputs.values() if isinstance(value[size], Tensor) and value[size].ndim == 4]
+    some_map = known[0] if known else torch.empty(2 + size, 3, 8, 8 + 4 * size, device="meta")
 
     def fresh(tensor: Tensor) -> Tensor:
         layout = torch.channels_last if channels_last and tensor.ndim == 4 else torch.contiguous_format
@@ -135,6 +138,7 @@ def _run(node: fx.Node, root: nn.Module, inputs: Mapping[fx.Node, Any], seen: Ob
     seen.remembers |= watch.drew or bool(watch.written & of_state)
     seen.pointwise &= watch.pointwise
     seen.casts |= watch.casts
+    seen.computes |= watch.computes
     seen.reads |= {source for storage, source in of_inputs.items() if storage in watch.read}
     seen.returns = next((source for source, value in inputs.items() if isinstance(value, Tensor) and value is result), None)
     return True
@@ -172,6 +176,8 @@ _OF_SHAPES = {
     _aten.ones_like,
 }
 _OF_SHAPES |= {_aten.new_empty_strided, _aten.full_like, _aten.rand_like, _aten.randn_like, _aten.randint_like}
+#: Operators that give elements as they are.
+_COPIES = {_aten.clone, _aten._unsafe_view, _aten._reshape_copy, _aten.view_copy}
 #: Operators that compute each element by itself, though they have no tag that says so.
 _ELEMENTWISE = {_aten._to_copy, _aten.clone, _aten.rsub, _aten.hardswish, _aten.hardswish_}
 
@@ -183,6 +189,7 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         super().__init__()  # type: ignore[no-untyped-call]
         self.written: set[int] = set()
         self.read: set[int] = set()
+        self.computes: set[Any] = set()
         self.drew, self.pointwise, self.casts = False, True, False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -200,6 +207,8 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.drew |= torch.Tag.nondeterministic_seeded in func.tags
         is_view = not func._schema.is_mutable and any(r.alias_info is not None for r in func._schema.returns)
         makes = not any(isinstance(leaf, Tensor) for leaf in tree_leaves((args, kwargs)))
+        if not is_view and func.overloadpacket not in _COPIES:
+            self.computes.add(func.overloadpacket)
         self.pointwise &= torch.Tag.pointwise in func.tags or func.overloadpacket in _ELEMENTWISE or is_view or makes
         self.casts |= func.overloadpacket is _aten._to_copy
         return func(*args, **kwargs)

@@ -248,7 +248,7 @@ class Algebra:
         sources = [source for source in self.effects.of(node).reads if source in self.vectors]
         if len(sources) != 1 or node not in self.vectors or max(self.vectors[node]) != max(self.vectors[sources[0]]):
             return False
-        return self.evaluation.keeps_order(node, sources[0], self.vectors[sources[0]])
+        return self.evaluation.keeps_order(node, sources[0], self.vectors[sources[0]], self.maps)
 
     def summands(self, node: fx.Node) -> tuple[fx.Node, ...]:
         """Both values of which a node is the plain sum, if there are two of one type."""

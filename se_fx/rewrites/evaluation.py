@@ -109,31 +109,57 @@ class Evaluation:
         return interpreter.env[way[-1]]
 
     def averages(self, way: list[fx.Node], source: fx.Node, channels: int) -> bool:
-        """Whether the last node of a way yields the average over space of the feature map `source`, in whatever shape."""
+        """Whether the last node of a way yields the average over space of the feature map `source`, in whatever shape.
+
+        Sums and products that agree with it on random numbers, at three sizes, are it.
+        """
+        if not all(self.effects.of(node).computes <= _POLYNOMIAL for node in way):
+            return False
         for batch, *size in ((2, 3, 5), (3, 5, 2), (2, 4, 4)):
             x = torch.randn(batch, channels, *size, dtype=torch.float64, generator=torch.Generator().manual_seed(batch))
-            found = self.run(way, {source: x.clone()})
-            if not isinstance(found, Tensor) or found.dtype != x.dtype or found.shape[:1] != (batch,):
+            found, expected = self.run(way, {source: x.clone()}), x.mean((2, 3))
+            is_alike = isinstance(found, Tensor) and found.dtype == x.dtype and found.shape[:1] == (batch,)
+            if not is_alike or found.numel() != expected.numel():
                 return False
-            expected = x.mean((2, 3))
-            if found.numel() != expected.numel() or not torch.allclose(found.flatten(), expected.flatten(), 1e-9, 1e-12):
+            if not torch.allclose(found.flatten(), expected.flatten(), 1e-9, 1e-12):
                 return False
         return True
 
-    def keeps_order(self, node: fx.Node, source: fx.Node, shape: tuple[int, ...]) -> bool:
-        """Whether a node gives a vector for each sample, of `shape`, another shape and nothing else, whatever its type."""
-        way = self.way(node, (source,))
-        if way is None or any(each.op == "get_attr" for each in way):
+    def keeps_order(self, node: fx.Node, source: fx.Node, shape: tuple[int, ...], maps: Mapping[fx.Node, int]) -> bool:
+        """Whether a node gives a vector for each sample, of `shape`, another shape and nothing else, whatever its type.
+
+        Args:
+            node: the node.
+            source: the vector.
+            shape: what is behind the batch.
+            maps: the channels of feature maps whose sizes may be asked for.
+        """
+        way = self.way(node, {source, *maps})
+        if way is None or not all(self._only_moves(each, source, way) for each in way):
             return False
         for batch, dtype in ((2, torch.float64), (3, torch.bfloat16), (1, torch.float32)):
-            count = batch * torch.Size(shape).numel()
-            x = torch.arange(count).to(dtype).reshape(batch, *shape)
-            found = self.run(way, {source: x})
+            x = torch.arange(batch * torch.Size(shape).numel()).to(dtype).reshape(batch, *shape)
+            found = self.run(way, {source: x, **self.some(maps, way, batch, dtype)})
             if not isinstance(found, Tensor) or found.dtype != dtype or found.shape[:1] != (batch,):
                 return False
-            if found.numel() != count or not torch.equal(found.flatten(), x.flatten()):
+            if found.numel() != x.numel() or not torch.equal(found.flatten(), x.flatten()):
                 return False
         return True
+
+    def _only_moves(self, node: fx.Node, source: fx.Node, way: list[fx.Node]) -> bool:
+        effect = self.effects.of(node)
+        return not effect.computes and node.op != "get_attr" and effect.reads <= {source, *way}
+
+    def some(self, maps: Mapping[fx.Node, int], way: list[fx.Node], batch: int, dtype: torch.dtype) -> dict[fx.Node, Tensor]:
+        """Feature maps of so many samples, of which a way asks for the sizes and types."""
+        asked = {source for node in way for source in node.all_input_nodes if source in maps}
+        return {source: torch.zeros(batch, maps[source], 2, 3, dtype=dtype) for source in asked}
+
+
+_aten = torch.ops.aten
+_POLYNOMIAL = {_aten.mean, _aten.sum, _aten.add, _aten.sub, _aten.mul, _aten.div, _aten.bmm, _aten.mm, _aten.mv, _aten._to_copy}
+_POLYNOMIAL |= {_aten.avg_pool2d, _aten._adaptive_avg_pool2d, _aten.avg_pool3d, _aten._adaptive_avg_pool3d}
+_POLYNOMIAL |= {_aten.as_strided_}  # where the average of a map in another memory format is put
 
 
 def _is_made_of_attributes(node: fx.Node) -> bool:

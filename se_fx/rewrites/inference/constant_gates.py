@@ -78,7 +78,5 @@ def _at_batch(algebra: Algebra, way: list[fx.Node], node: fx.Node, product: Affi
     """What a way makes of a product's bias, for so many samples: (N, C, 1, 1)."""
     bias = product.bias.to(product.dtype)
     known = {node: bias.reshape(1, *algebra.vectors[node]).repeat(batch, *[1] * len(algebra.vectors[node]))}
-    for source in {source for each in way for source in each.all_input_nodes if source in algebra.maps}:
-        known[source] = bias.new_zeros(batch, algebra.maps[source], 2, 3, dtype=algebra.dtype(source))
-    gate = algebra.evaluation.run(way, known)
+    gate = algebra.evaluation.run(way, {**known, **algebra.evaluation.some(algebra.maps, way, batch, product.dtype)})
     return gate if isinstance(gate, Tensor) and gate.shape == (batch, bias.numel(), 1, 1) else None
