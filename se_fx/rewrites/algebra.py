@@ -192,7 +192,7 @@ class Algebra:
     def scale(self, node: fx.Node) -> Scale | None:
         """The product of a feature map and a gate that a node computes."""
         operands = self._operands(node)
-        if node.target not in PRODUCTS or node not in self.maps:
+        if not operands or node.target not in PRODUCTS or node not in self.maps:
             return None
         for value, other in (operands, operands[::-1]):
             gate = self.gate(other)
