@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import operator
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NoReturn
 
@@ -116,10 +117,10 @@ def _optimized(captured: Capture, rewrites: dict[str, Rewrite], example_inputs: 
         changes = [change for path, algebra in algebras.items() for change in _rewritten(rewrite, algebra, path)]
         saved = None
         if cost is not None:
-            after = measure(_assembled(base, views), example_inputs).total
+            after = measure(_assembled(base, views, exported=exported), example_inputs).total
             saved, cost = cost - after, after
         steps.append(Step(name, tuple(changes), saved))
-    optimized = _assembled(base, views)
+    optimized = _assembled(base, views, exported=exported)
     opaque = tuple(captured.opaque.items())
     give_optimization(optimized, Optimization(own_class(captured.model).__name__, tuple(steps), before, opaque))
     return optimized
@@ -188,7 +189,7 @@ def _note_sizes(region: fx.GraphModule, call: Call) -> None:
 
 
 # --------------------------------------------------------------------------------------------------------------- assembly
-def _assembled(base: nn.Module, views: Mapping[str, fx.GraphModule]) -> nn.Module:
+def _assembled(base: nn.Module, views: Mapping[str, fx.GraphModule], *, exported: bool) -> nn.Module:
     """A copy of `base` whose regions run the graphs of `views` in eval mode, and refuse to run in training."""
     model = clone(base)
     for path, region in views.items():
@@ -199,6 +200,8 @@ def _assembled(base: nn.Module, views: Mapping[str, fx.GraphModule]) -> nn.Modul
         run_graphs(module, {False: graph, True: _refusal(graph)}, as_graph_module=not path, keeps_class=False)
         if isinstance(module, GraphRegion) and not isinstance(module, own_class(module)):
             _prune(module)
+            if exported:
+                _bare(module)
     return model
 
 
@@ -231,13 +234,29 @@ def _prune(root: GraphRegion) -> None:
                     delattr(module, name)
 
 
+def _bare(root: GraphRegion) -> None:
+    """Take the code of modules that the graph enters and doesn't call, so that nobody compiles it."""
+    called = [root.get_submodule(str(node.target)) for node in root.graph.nodes if node.op == "call_module"]
+    kept = {part for module in called for part in module.modules()}
+    for path, module in list(root.named_modules())[::-1]:
+        if path and module not in kept:
+            bare = nn.Module()
+            for name in ("_modules", "_parameters", "_buffers", "training"):
+                bare.__dict__[name] = module.__dict__[name]
+            outer, _, name = path.rpartition(".")
+            root.get_submodule(outer)._modules[name] = bare
+
+
 def _refusal(graph: fx.Graph) -> fx.Graph:
-    """A graph of the same inputs that raises."""
-    refusal = fx.Graph()
-    inputs = [refusal.node_copy(node) for node in graph.nodes if node.op == "placeholder"]
-    call = refusal.call_function(refuse_training, tuple(inputs))
-    call.meta["is_wrapped"] = True  # so that loading a pickle, which traces the code again, doesn't run it
-    refusal.output(call)
+    """The same graph, of which the first step raises: tools that look into both modes find the same nodes in them."""
+    refusal, _ = copied(graph)
+    inputs = [node for node in refusal.nodes if node.op == "placeholder"]
+    with refusal.inserting_before(next(node for node in refusal.nodes if node.op != "placeholder")):
+        call = refusal.call_function(refuse_training, tuple(inputs))
+        call.meta["is_wrapped"] = True  # so that loading a pickle, which traces the code again, doesn't run it
+        for position, node in enumerate(inputs):
+            checked = refusal.call_function(operator.getitem, (call, position))
+            node.replace_all_uses_with(checked, delete_user_cb=lambda user: user not in (call, checked))  # noqa: B023
     return refusal
 
 

@@ -33,7 +33,12 @@ class Program(nn.Module):
         self.norms = nn.ModuleList(nn.BatchNorm2d(WIDE) for _ in range(3))
         self.fc1, self.fc2, self.zero = nn.Linear(WIDE, 3), nn.Linear(3, WIDE), nn.Linear(3, WIDE)
         self.conv1, self.conv2 = nn.Conv2d(WIDE, 3, 1), nn.Conv2d(3, WIDE, 1)
-        self.pool, self.flat, self.drop, self.relu = nn.AdaptiveAvgPool2d(1), nn.Flatten(2), nn.Dropout(0.5), nn.ReLU(inplace=True)
+        self.pool, self.flat, self.drop, self.relu = (
+            nn.AdaptiveAvgPool2d(1),
+            nn.Flatten(2),
+            nn.Dropout(0.5),
+            nn.ReLU(inplace=True),
+        )
         self.band = nn.Conv1d(1, 1, 3, padding=1)
         self.register_buffer("order", torch.randperm(WIDE))
         self.register_buffer("each", torch.rand(WIDE, 1, 1) + 0.5)
@@ -168,7 +173,9 @@ GATES = {
     "gate of a pool": to_gates(lambda net, x, g: mlp(net, net.pool(x).flatten(1))),
     "gate by convs": to_gates(lambda net, x, g: net.conv2(F.relu_(net.conv1(net.pool(x)))).sigmoid_()),
     "gate of a window": to_gates(lambda net, x, g: net.conv2(net.conv1(F.avg_pool2d(x, x.shape[2:])))),
-    "gate of square windows": to_gates(lambda net, x, g: mlp(net, F.avg_pool2d(x, (x.size(2), x.size(2)), ceil_mode=True).mean((2, 3)))),
+    "gate of square windows": to_gates(
+        lambda net, x, g: mlp(net, F.avg_pool2d(x, (x.size(2), x.size(2)), ceil_mode=True).mean((2, 3)))
+    ),
     "gate of flat maps": to_gates(lambda net, x, g: mlp(net, net.flat(x).mean(-1))),
     "gate of one by one": to_gates(lambda net, x, g: mlp(net, x.mean(3).mean(2))),
     "gate of a sum": to_gates(lambda net, x, g: mlp(net, x.sum((2, 3)) / 20)),
