@@ -4,25 +4,28 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterable, Mapping
+import operator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, fx, nn
 
-from se_fx.analysis import called, modules_of
+from se_fx.analysis import arguments, called, is_plain, modules_of
 from se_fx.capture import Capture, capture, collector_paused
 from se_fx.cost import NEEDS_VALUES, Call, as_call, faked, measure
 from se_fx.errors import SqueezeExciteError, hint, shown
 from se_fx.insertion import withdraw
 from se_fx.planning import take_plans
-from se_fx.regions import EXCITE, GraphRegion, add_constants, clone, copied, hooked, own_class, restore_code, run_graphs, view
+from se_fx.regions import EXCITE, GraphRegion, add_constants, clone, copied, own_class, restore_code, run_graphs, view
 from se_fx.rewrites import REWRITES, Algebra, Change, Optimization, Rewrite, Step, give_optimization, optimization_of
 
 __all__ = ["optimize_for_inference"]
 
 
-def optimize_for_inference(model: nn.Module, example_inputs: Any = None, *, rewrites: Iterable[str] | None = None) -> nn.Module:
+def optimize_for_inference(
+    model: nn.Module, example_inputs: Any = None, *, rewrites: Iterable[str] | None = None, target: str | None = None
+) -> nn.Module:
     """A copy of `model` for inference, in which Squeeze-and-Excitation costs little. The model itself is left as it is.
 
     Works on se_fx's blocks and on those of others, recognised by what they compute: an average over space, a few layers, a
@@ -44,7 +47,9 @@ def optimize_for_inference(model: nn.Module, example_inputs: Any = None, *, rewr
         model: any module in eval mode, not yet compiled, scripted or wrapped.
         example_inputs: a tensor, a tuple of positional or a dict of keyword arguments. With them, the report counts what is
             saved, and squeezes are hoisted where only the size of images tells whether that pays. Nothing is computed on them.
-        rewrites: names of the rewrites to apply; None for all.
+        rewrites: names of the rewrites to apply; None for all that the target has a use for.
+        target: what the result is for: None for PyTorch, eager or compiled; ``"export"`` for engines with fusions of their own
+            (ONNX Runtime, OpenVINO, Core ML, ExecuTorch, int8): the first three rewrites, in PyTorch's plain layers.
 
     Raises:
         SqueezeExciteError: the model is in training mode, or an argument is not what is expected.
@@ -60,29 +65,37 @@ def optimize_for_inference(model: nn.Module, example_inputs: Any = None, *, rewr
     3.fc2: 4 to 32
     1_folded: in place
     """
-    chosen = _chosen(rewrites)
+    chosen = _chosen(rewrites, target)
     if isinstance(model, nn.Module) and model.training:
         raise SqueezeExciteError("model is in training mode: call model.eval() first; an optimised model can't be trained")
     if example_inputs is not None:
         as_call(example_inputs)
     if isinstance(model, nn.Module) and optimization_of(model) is not None:
         return clone(model)
-    captured = capture(model, finely=True)
-    with collector_paused():
-        return _optimized(captured, chosen, example_inputs)
+    # Tensors made under inference_mode can't be used outside it, and autocast rounds.
+    with torch.inference_mode(False), collector_paused(), _without_autocast():
+        captured = capture(model, finely=True)
+        return _optimized(captured, chosen, example_inputs, exported=target == "export")
 
 
-def _chosen(rewrites: Iterable[str] | None) -> dict[str, Rewrite]:
+def _chosen(rewrites: Iterable[str] | None, target: str | None) -> dict[str, Rewrite]:
     if isinstance(rewrites, str) or not (rewrites is None or isinstance(rewrites, Iterable)):
         raise SqueezeExciteError(f"rewrites={shown(rewrites)}: expected names in a list, such as [{next(iter(REWRITES))!r}]")
-    names = list(REWRITES) if rewrites is None else list(rewrites)
+    if target not in (None, *_LEFT_OUT):
+        raise SqueezeExciteError(f"target={shown(target)}: expected None or one of {list(_LEFT_OUT)}")
+    left_out = _LEFT_OUT.get(target or "", ())
+    names = [name for name in REWRITES if name not in left_out] if rewrites is None else list(rewrites)
     for name in names:
         if not isinstance(name, str) or name not in REWRITES:
             raise SqueezeExciteError(f"rewrites: there is no {shown(name)}; {hint(name, REWRITES, 'some of')}")
     return {name: rewrite for name, rewrite in REWRITES.items() if name in names}
 
 
-def _optimized(captured: Capture, rewrites: dict[str, Rewrite], example_inputs: Any) -> nn.Module:
+#: The rewrites that a target has no use for.
+_LEFT_OUT = {"export": ("vector_products", "fuse_scales")}
+
+
+def _optimized(captured: Capture, rewrites: dict[str, Rewrite], example_inputs: Any, exported: bool) -> nn.Module:
     base = clone(captured.model)
     take_plans(base)
     views: dict[str, fx.GraphModule] = {}
@@ -98,25 +111,36 @@ def _optimized(captured: Capture, rewrites: dict[str, Rewrite], example_inputs: 
         cost = measure(captured.model, example_inputs).total
         if "" in views:
             _note_sizes(views[""], as_call(example_inputs))
+    algebras = {path: Algebra(region, exported=exported) for path, region in views.items()}
     before, steps = cost, []
     for name, rewrite in rewrites.items():
-        changes = [change for path, region in views.items() for change in _rewritten(rewrite, region, path)]
+        changes = [change for path, algebra in algebras.items() for change in _rewritten(rewrite, algebra, path)]
         saved = None
         if cost is not None:
-            after = measure(_assembled(base, views), example_inputs).total
+            after = measure(_assembled(base, views, exported=exported), example_inputs).total
             saved, cost = cost - after, after
         steps.append(Step(name, tuple(changes), saved))
-    optimized = _assembled(base, views)
+    optimized = _assembled(base, views, exported=exported)
     opaque = tuple(captured.opaque.items())
     give_optimization(optimized, Optimization(own_class(captured.model).__name__, tuple(steps), before, opaque))
     return optimized
 
 
-def _rewritten(rewrite: Rewrite, region: fx.GraphModule, path: str) -> list[Change]:
+def _rewritten(rewrite: Rewrite, algebra: Algebra, path: str) -> list[Change]:
     """Apply one rewrite to one region, in place; places are named as in the model."""
-    changes = [dataclasses.replace(change, place=f"{path}.{change.place}".lstrip(".")) for change in rewrite(Algebra(region))]
-    region.graph.lint()
+    changes = [dataclasses.replace(change, place=f"{path}.{change.place}".lstrip(".")) for change in rewrite(algebra)]
+    algebra.graph.lint()
     return changes
+
+
+@contextlib.contextmanager
+def _without_autocast() -> Iterator[None]:
+    """Within, no device casts."""
+    with contextlib.ExitStack() as stack:
+        for device in ("cpu", "cuda", "mps", "xpu"):
+            if torch.is_autocast_enabled(device):
+                stack.enter_context(torch.autocast(device, enabled=False))
+        yield
 
 
 # ------------------------------------------------------------------------------------------------------------ preparation
@@ -124,9 +148,9 @@ def _strip(region: fx.GraphModule) -> None:
     """Take out what does nothing in eval mode, and the hooks of convs whose blocks are in the graph as nodes."""
     modules = modules_of(region)
     for node in list(region.graph.nodes):
-        module = called(node, modules)
-        if isinstance(module, _IDLE) and not hooked(module) and not module.training and len(node.all_input_nodes) == 1:
-            node.replace_all_uses_with(node.all_input_nodes[0])
+        module, given = called(node, modules), arguments(node, modules) or {}
+        if _is_idle(module) and len(node.args) + len(node.kwargs) == 1 and isinstance(given.get("input"), fx.Node):
+            node.replace_all_uses_with(given["input"])
             region.graph.erase_node(node)
         elif module is not None and EXCITE in node.kwargs:
             plain = clone(module)
@@ -135,7 +159,13 @@ def _strip(region: fx.GraphModule) -> None:
             node.target, node.kwargs = f"{node.target}_plain", {}
 
 
+def _is_idle(module: nn.Module | None) -> bool:
+    """Whether a module returns what it is given."""
+    return module is not None and type(module).forward in _IDLE_FORWARDS and is_plain(module) and not module.training
+
+
 _IDLE = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
+_IDLE_FORWARDS = tuple(kind.forward for kind in _IDLE)
 
 
 class _Sizes(fx.Interpreter):
@@ -159,7 +189,7 @@ def _note_sizes(region: fx.GraphModule, call: Call) -> None:
 
 
 # --------------------------------------------------------------------------------------------------------------- assembly
-def _assembled(base: nn.Module, views: Mapping[str, fx.GraphModule]) -> nn.Module:
+def _assembled(base: nn.Module, views: Mapping[str, fx.GraphModule], *, exported: bool) -> nn.Module:
     """A copy of `base` whose regions run the graphs of `views` in eval mode, and refuse to run in training."""
     model = clone(base)
     for path, region in views.items():
@@ -170,6 +200,8 @@ def _assembled(base: nn.Module, views: Mapping[str, fx.GraphModule]) -> nn.Modul
         run_graphs(module, {False: graph, True: _refusal(graph)}, as_graph_module=not path, keeps_class=False)
         if isinstance(module, GraphRegion) and not isinstance(module, own_class(module)):
             _prune(module)
+            if exported:
+                _bare(module)
     return model
 
 
@@ -202,13 +234,29 @@ def _prune(root: GraphRegion) -> None:
                     delattr(module, name)
 
 
+def _bare(root: GraphRegion) -> None:
+    """Take the code of modules that the graph enters and doesn't call, so that nobody compiles it."""
+    called = [root.get_submodule(str(node.target)) for node in root.graph.nodes if node.op == "call_module"]
+    kept = {part for module in called for part in module.modules()}
+    for path, module in list(root.named_modules())[::-1]:
+        if path and module not in kept:
+            bare = nn.Module()
+            for name in ("_modules", "_parameters", "_buffers", "training"):
+                bare.__dict__[name] = module.__dict__[name]
+            outer, _, name = path.rpartition(".")
+            root.get_submodule(outer)._modules[name] = bare
+
+
 def _refusal(graph: fx.Graph) -> fx.Graph:
-    """A graph of the same inputs that raises."""
-    refusal = fx.Graph()
-    inputs = [refusal.node_copy(node) for node in graph.nodes if node.op == "placeholder"]
-    call = refusal.call_function(refuse_training, tuple(inputs))
-    call.meta["is_wrapped"] = True  # so that loading a pickle, which traces the code again, doesn't run it
-    refusal.output(call)
+    """The same graph, of which the first step raises: tools that look into both modes find the same nodes in them."""
+    refusal, _ = copied(graph)
+    inputs = [node for node in refusal.nodes if node.op == "placeholder"]
+    with refusal.inserting_before(next(node for node in refusal.nodes if node.op != "placeholder")):
+        call = refusal.call_function(refuse_training, tuple(inputs))
+        call.meta["is_wrapped"] = True  # so that loading a pickle, which traces the code again, doesn't run it
+        for position, node in enumerate(inputs):
+            checked = refusal.call_function(operator.getitem, (call, position))
+            node.replace_all_uses_with(checked, delete_user_cb=lambda user: user not in (call, checked))  # noqa: B023
     return refusal
 
 

@@ -4,33 +4,27 @@ Which values come from the inputs, which are feature maps and of how many channe
 Graphs are read, or run on meta tensors; nothing is edited. Knows nothing of blocks, nor why it is asked.
 """
 
-from se_fx.analysis.channels import channels, maps_and_vectors
-from se_fx.analysis.dataflow import (
-    ADDS,
-    PRODUCTS,
-    Modules,
-    attention_convs,
-    called,
-    changes_in_place,
-    describes,
-    modules_of,
-    pools_globally,
-)
+from se_fx.analysis.calls import arguments, is_plain, runs_pytorch
+from se_fx.analysis.channels import Values, channels
+from se_fx.analysis.dataflow import ADDS, PRODUCTS, Modules, attention_convs, called, modules_of
+from se_fx.analysis.effects import Effect, Effects
 from se_fx.analysis.residual import Unit, activation_after, residual_units
 
 __all__ = [
     "ADDS",
     "PRODUCTS",
+    "Effect",
+    "Effects",
     "Modules",
     "Unit",
+    "Values",
     "activation_after",
+    "arguments",
     "attention_convs",
     "called",
-    "changes_in_place",
     "channels",
-    "describes",
-    "maps_and_vectors",
+    "is_plain",
     "modules_of",
-    "pools_globally",
     "residual_units",
+    "runs_pytorch",
 ]

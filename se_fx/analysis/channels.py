@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 from se_fx.capture import random_state, set_random_state
 from se_fx.regions import hooked
 
-__all__ = ["channels", "maps_and_vectors"]
+__all__ = ["UNKNOWN", "Values", "channels"]
 
 
 def channels(graph: fx.Graph, root: nn.Module) -> dict[fx.Node, int]:
@@ -27,41 +27,64 @@ def channels(graph: fx.Graph, root: nn.Module) -> dict[fx.Node, int]:
         graph: a region's graph.
         root: the module its targets refer to, a scratch copy: modules without a Conv2d are run, on meta tensors.
     """
-    return maps_and_vectors(graph, root)[0]
+    return Values(graph, root).maps
 
 
-def maps_and_vectors(graph: fx.Graph, root: nn.Module) -> tuple[dict[fx.Node, int], dict[fx.Node, tuple[int, ...]]]:
-    """The channels of every value that is certainly a feature map, and the shapes of those with one vector for each sample.
+#: A value that can't be told without an input.
+UNKNOWN = object()
 
-    The latter are given as what stands behind the batch: (C,), (C, 1, 1), (1, C), ... A map of one position, (N, C, 1, 1),
-    is both.
+
+class Values:
+    """What the nodes of a graph yield, as meta tensors, for feature maps of two made-up sizes.
 
     Args:
         graph: a region's graph.
         root: the module its targets refer to, a scratch copy: modules without a Conv2d are run, on meta tensors.
+
+    Attributes:
+        maps: the channels of every value that is certainly a feature map, (N, C, H, W).
+        vectors: the shapes of those with one vector for each sample, as what stands behind the batch: (C,), (C, 1, 1), (1, C),
+            ... A map of one position, (N, C, 1, 1), is in both.
     """
-    maps: dict[fx.Node, int] = {}
-    vectors: dict[fx.Node, tuple[int, ...]] = {}
-    runs = [_Shapes(root, graph, size) for size in _SIZES]
-    randomness = random_state()
-    try:
-        with torch.no_grad():
+
+    def __init__(self, graph: fx.Graph, root: nn.Module) -> None:
+        self.maps: dict[fx.Node, int] = {}
+        self.vectors: dict[fx.Node, tuple[int, ...]] = {}
+        self._runs = [_Shapes(root, graph, size) for size in _SIZES]
+        randomness = random_state()
+        try:
             for node in graph.nodes:
-                values = [run.value(node) for run in runs]
-                shapes = [value.shape for value in values if isinstance(value, Tensor)]
-                is_batch = [shape[0] for shape in shapes if shape] == [run.batch for run in runs]
-                widths = {shape[1] for shape in shapes if len(shape) == 4}
-                is_map = is_batch and len(widths) == 1 and all(len(shape) == 4 for shape in shapes)
-                if is_map:
-                    maps[node] = widths.pop()
-                behind = {tuple(shape[1:]) for shape in shapes} if is_batch else set()
-                if len(behind) == 1 and behind != {()} and all(len(shape) - shape.count(1) <= 1 for shape in behind):
-                    vectors[node] = behind.pop()
-                for run, value in zip(runs, values, strict=True):
-                    run.env[node] = run.resized(value) if is_map else value
-    finally:
-        set_random_state(randomness)
-    return maps, vectors
+                self._run(node)
+        finally:
+            set_random_state(randomness)
+
+    def of(self, node: fx.Node) -> tuple[Any, ...]:
+        """What a node yields, at each size; `UNKNOWN` where that can't be told. New nodes are run."""
+        if any(node not in run.env for run in self._runs):
+            for source in node.all_input_nodes:
+                self.of(source)
+            self._run(node)
+        return tuple(run.env[node] for run in self._runs)
+
+    def dtype(self, node: fx.Node) -> torch.dtype | None:
+        """Of the tensor that a node yields; None where that can't be told, or is none."""
+        found = {value.dtype if isinstance(value, Tensor) else None for value in self.of(node)}
+        return found.pop() if len(found) == 1 else None
+
+    def _run(self, node: fx.Node) -> None:
+        with torch.inference_mode(False), torch.no_grad():
+            values = [run.value(node) for run in self._runs]
+            shapes = [value.shape for value in values if isinstance(value, Tensor)]
+            is_batch = [shape[0] for shape in shapes if shape] == [run.batch for run in self._runs]
+            widths = {shape[1] for shape in shapes if len(shape) == 4}
+            is_map = is_batch and len(widths) == 1 and all(len(shape) == 4 for shape in shapes)
+            if is_map:
+                self.maps[node] = widths.pop()
+            behind = {tuple(shape[1:]) for shape in shapes} if is_batch else set()
+            if len(behind) == 1 and behind != {()} and all(len(shape) - shape.count(1) <= 1 for shape in behind):
+                self.vectors[node] = behind.pop()
+            for run, value in zip(self._runs, values, strict=True):
+                run.env[node] = run.resized(value) if is_map else value
 
 
 _SIZES = ((2, 64, 96), (3, 128, 160))  # made up: N, H, W
@@ -77,14 +100,13 @@ class _Shapes(fx.Interpreter):
     def __init__(self, root: nn.Module, graph: fx.Graph, size: tuple[int, int, int]) -> None:
         super().__init__(root, garbage_collect_values=False, graph=graph)
         self.batch, *self.spatial = size
-        self.unknown = object()
 
     def value(self, node: fx.Node) -> Any:
         """What a node yields; something unknown, where that can't be told."""
         try:
             return self.run_node(node)
         except Exception:  # whatever a model's code raises on sizes that it isn't made for
-            return self.unknown
+            return UNKNOWN
 
     def resized(self, value: Tensor) -> Tensor:
         """A feature map of this run's size in place of one of any size; 1x1 stays."""
@@ -98,8 +120,11 @@ class _Shapes(fx.Interpreter):
         return value.to("meta") if isinstance(value, Tensor) else value
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
-        if target is F.conv2d and isinstance(args[1], Tensor):
-            return self._convolved(args[0], args[1].shape[0], args[1].shape[2:])
+        if target is F.conv2d:
+            given = dict(zip(("input", "weight"), args, strict=False)) | kwargs
+            source, weight = given["input"], given["weight"]
+            if isinstance(weight, Tensor) and not _is_at_one(source):
+                return self._map(weight.shape[0], weight)
         return super().call_function(target, *self._known(args, kwargs))
 
     def call_method(self, target: Any, args: Any, kwargs: Any) -> Any:
@@ -107,32 +132,36 @@ class _Shapes(fx.Interpreter):
 
     def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
         module = self.fetch_attr(target)
+        source = next(iter((*args, *kwargs.values())), None)
         if isinstance(module, nn.Conv2d):
-            return self._convolved(args[0] if args else None, module.out_channels, module.kernel_size)
+            if not _is_at_one(source):
+                return self._map(module.out_channels, module.weight)
+            bias = None if module.bias is None else module.bias.to("meta")
+            return module._conv_forward(source, module.weight.to("meta"), bias)  # type: ignore[arg-type]
         if isinstance(module, nn.BatchNorm2d):
-            return self._map(module.num_features)
+            like = next((t for t in (source, module.running_mean, module.weight) if isinstance(t, Tensor)), None)
+            return self._map(module.num_features, like)
         args, kwargs = self._known(args, kwargs)
-        if isinstance(module, _KEEP):
-            return args[0]
+        if type(module) in _KEEP and "forward" not in module.__dict__:
+            return source
         if any(map(hooked, module.modules())) or any(isinstance(part, nn.Conv2d) for part in module.modules()):
             raise _Unknown
         tensors = {name: t.to("meta") for name, t in (*module.named_parameters(), *module.named_buffers())}
         return functional_call(module, tensors, args, kwargs)
 
     def _known(self, args: Any, kwargs: Any) -> tuple[Any, Any]:
-        if any(leaf is self.unknown for leaf in tree_leaves((args, kwargs))):
+        if any(leaf is UNKNOWN for leaf in tree_leaves((args, kwargs))):
             raise _Unknown
         return args, kwargs
-
-    def _convolved(self, source: Any, width: int, kernel: tuple[int, ...]) -> Tensor:
-        """A feature map, of one position where that is all there is to read."""
-        whole = self._map(width)
-        at_one = isinstance(source, Tensor) and source.shape[2:] == (1, 1) and tuple(kernel) == (1, 1)
-        return whole[..., :1, :1] if at_one else whole
 
     def _map(self, width: int, like: Tensor | None = None) -> Tensor:
         dtype = torch.float32 if like is None else like.dtype
         return torch.empty(self.batch, width, *self.spatial, device="meta", dtype=dtype)
+
+
+def _is_at_one(source: Any) -> bool:
+    """Whether a value is a map of one position, at which a convolution has to be run to know what it yields."""
+    return isinstance(source, Tensor) and source.shape[2:] == (1, 1)
 
 
 #: Modules that keep the number of channels, and are so common that running them would take time.

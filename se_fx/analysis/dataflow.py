@@ -18,7 +18,6 @@ __all__ = [
     "Modules",
     "attention_convs",
     "called",
-    "changes_in_place",
     "describes",
     "inserted",
     "live",
@@ -60,22 +59,8 @@ def describes(node: fx.Node) -> bool:
     if node.target is getattr:
         return node.args[1] not in ("T", "mT", "data")
     name = str(node.target) if node.op == "call_method" else getattr(node.target, "__name__", "")
-    return name in ("size", "dim", "numel", "stride", "type") or name.startswith("new_") or name.endswith("_like")
-
-
-def changes_in_place(node: fx.Node, modules: Modules) -> bool:
-    """Whether a node writes its result where its input was."""
-    module = called(node, modules)
-    if module is not None:
-        return bool(getattr(module, "inplace", False))
-    if node.op == "call_method":
-        return str(node.target).endswith("_") and not str(node.target).endswith("__")
-    name = getattr(node.target, "__name__", "")
-    # PyTorch's functions pass `inplace` on by name, however they were called.
-    return name.endswith("_") or name in _IN_PLACE or node.kwargs.get("inplace") is True
-
-
-_IN_PLACE = {"iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "iand", "ior", "ixor", "imatmul", "setitem"}
+    asks = name in ("size", "dim", "numel", "stride") or (name == "type" and len(node.args) + len(node.kwargs) == 1)
+    return asks or name.startswith("new_") or name.endswith("_like")
 
 
 def pooled(graph: fx.Graph, modules: Modules) -> set[fx.Node]:

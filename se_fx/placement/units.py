@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 
 from torch import fx, nn
 
-from se_fx.analysis import Modules, Unit, activation_after, called, changes_in_place, modules_of, residual_units
+from se_fx.analysis import Effects, Modules, Unit, Values, activation_after, called, modules_of, residual_units
 from se_fx.placement.spot import Spot
 
 __all__ = ["identity", "post", "pre", "residual"]
@@ -20,13 +20,14 @@ def residual(graph: fx.Graph, root: nn.Module) -> Iterator[Spot]:
 def pre(graph: fx.Graph, root: nn.Module) -> Iterator[Spot]:
     """On what each residual branch reads, its shortcut reading the plain value: the paper's SE-PRE."""
     modules = modules_of(root)
+    effects = Effects(root, modules, Values(graph, root))
 
     def spots() -> Iterator[Spot]:
         for unit in residual_units(graph, root):
             readers = frozenset(user for user in unit.start.users if user in unit.branch)
             width = unit.start_channels or _width_read(readers, modules)
             # Changed in place, the plain value would reach the shortcut changed; scaled, unchanged.
-            if width is not None and not any(changes_in_place(reader, modules) for reader in readers):
+            if width is not None and not any(unit.start in effects.of(reader).wrote for reader in readers):
                 yield Spot(unit.conv, width, (unit.start,), readers)
 
     return _one_per_conv(spots())
@@ -44,12 +45,12 @@ def post(graph: fx.Graph, root: nn.Module) -> Iterator[Spot]:
 
 def identity(graph: fx.Graph, root: nn.Module) -> Iterator[Spot]:
     """On the shortcut of each residual unit: the paper's SE-Identity."""
-    modules = modules_of(root)
+    effects = Effects(root, modules_of(root), Values(graph, root))
     return _one_per_conv(
         Spot(unit.conv, unit.channels, (unit.shortcut,), frozenset({unit.add}))
         for unit in residual_units(graph, root)
         # Added to in place, the value itself must hold the sum, if anyone reads it later.
-        if not (changes_in_place(unit.add, modules) and unit.add.args[0] is unit.shortcut)
+        if unit.shortcut not in effects.of(unit.add).wrote
     )
 
 

@@ -2,32 +2,56 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
+import torch
 from torch import Tensor, fx, nn
 
-from se_fx.analysis import changes_in_place, describes
 from se_fx.rewrites.algebra import Algebra
 from se_fx.rewrites.products import VectorLinear
-from se_fx.rewrites.terms import Affine
+from se_fx.rewrites.terms import Affine, with_parameters
 
-__all__ = ["insert_buffer", "insert_call", "multiply", "replace", "sweep"]
+__all__ = ["insert", "insert_buffer", "insert_call", "multiply", "promoted", "replace", "sweep"]
 
 
-def multiply(algebra: Algebra, old: fx.Node, vector: fx.Node, affine: Affine) -> VectorLinear:
+def multiply(algebra: Algebra, old: fx.Node, vector: fx.Node, affine: Affine) -> nn.Module:
     """Put a product of `vector` and a matrix in place of `old`, and of what alone led there."""
     weight, bias = affine.matrix.to(affine.dtype), affine.bias.to(affine.dtype)
-    module = VectorLinear(weight, bias if bool(bias.any()) else None)
+    has_bias, spatial = bias.is_meta or bool(bias.any()), len(algebra.vectors[vector]) == 3
+    given = bias if has_bias else None
+    make = _layer if algebra.exported else VectorLinear
+    module = make(weight, given, spatial=spatial)
     with algebra.graph.inserting_before(old):
         new = insert_call(algebra, old, "product", module, vector)
     replace(algebra, old, new)
     return module
 
 
+def _layer(weight: Tensor, bias: Tensor | None, *, spatial: bool) -> nn.Module:
+    """PyTorch's own layer, which engines know."""
+    sizes = (weight.shape[1], weight.shape[0])
+    if spatial:
+        return with_parameters(nn.Conv2d(*sizes, 1, device="meta"), weight[..., None, None], bias)
+    return with_parameters(nn.Linear(*sizes, device="meta"), weight, bias)
+
+
 def insert_call(algebra: Algebra, near: fx.Node, suffix: str, module: nn.Module, source: fx.Node) -> fx.Node:
-    """A call of a new module, named after what `near` calls."""
+    """A call of a new module, named after what `near` calls, and said to stand where that stands."""
     target = _free_name(algebra, str(near.target) if near.op == "call_module" else near.name, suffix)
     algebra.module.add_submodule(target, module)
     algebra.modules[target] = module
-    return algebra.graph.call_module(target, (source,))
+    new = algebra.graph.call_module(target, (source,))
+    new.meta = {"nn_module_stack": {**_place_of(near), target: (target, type(module))}}
+    return new
+
+
+def insert(algebra: Algebra, near: fx.Node, call: Callable[..., Any] | str, *args: Any) -> fx.Node:
+    """A call of a function, or of a method by name, said to stand where `near` stands."""
+    graph = algebra.graph
+    new = graph.call_method(call, args) if isinstance(call, str) else graph.call_function(call, args)
+    new.meta = {"nn_module_stack": _place_of(near)}
+    return new
 
 
 def insert_buffer(algebra: Algebra, near: fx.Node, suffix: str, value: Tensor) -> fx.Node:
@@ -35,6 +59,18 @@ def insert_buffer(algebra: Algebra, near: fx.Node, suffix: str, value: Tensor) -
     name = _free_name(algebra, near.name, suffix)
     algebra.module.register_buffer(name, value.detach())
     return algebra.graph.get_attr(name)
+
+
+def promoted(algebra: Algebra, value: fx.Node, *operands: fx.Node) -> fx.Node:
+    """`value` in the type that these two would give: their own, except under autocast."""
+    return insert(algebra, value, "to", value, insert(algebra, value, torch.result_type, *operands))
+
+
+def _place_of(node: fx.Node) -> dict[str, Any]:
+    """The modules around what a node calls."""
+    stack = node.meta.get("nn_module_stack", {})
+    inner = 1 if node.op == "call_module" else 0
+    return dict(list(stack.items())[: len(stack) - inner])
 
 
 def _free_name(algebra: Algebra, base: str, suffix: str) -> str:
@@ -51,18 +87,17 @@ def replace(algebra: Algebra, old: fx.Node, new: fx.Node) -> None:
         algebra.maps.setdefault(new, algebra.maps[old])
     if old in algebra.vectors:
         algebra.vectors.setdefault(new, algebra.vectors[old])
-    new.meta = {**old.meta, **new.meta}
+    if "size" in old.meta:
+        new.meta.setdefault("size", old.meta["size"])
     old.replace_all_uses_with(new)
     sweep(algebra, old)
 
 
 def sweep(algebra: Algebra, node: fx.Node) -> None:
-    """Erase a node that nobody reads, and then those it read, if they do nothing but compute gates or constants."""
-    if node.users or node._erased:
+    """Erase a node that nobody reads, and then those it read, where that is all they do."""
+    if node.users or node._erased or node.op == "placeholder" or not algebra.effects.is_idle(node):
         return
     sources = node.all_input_nodes
     algebra.graph.erase_node(node)
     for source in sources:
-        idle = source in algebra.vectors or source.op == "get_attr" or describes(source) or algebra.constant(source) is not None
-        if idle and (not changes_in_place(source, algebra.modules) or algebra.is_own(source)):
-            sweep(algebra, source)
+        sweep(algebra, source)

@@ -1,4 +1,4 @@
-"""Products of gates' vectors and matrices, in the form that is faster for the batch at hand."""
+"""Products of gates' vectors and matrices, and of maps and gates, in the form that is faster for the call at hand."""
 
 from __future__ import annotations
 
@@ -6,7 +6,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["VectorLinear", "few"]
+__all__ = ["VectorLinear", "few", "scaled"]
+
+
+def scaled(value: Tensor, gate: Tensor) -> Tensor:
+    """The product of a feature map that nobody reads afterwards and its gate: in the map's own memory, where that is legal.
+
+    It isn't where gradients may be asked for, since what made the map may have kept it to compute them, nor where the
+    product is of another type or shape than the map. Tracers see a plain product.
+    """
+    if torch.overrides.has_torch_function_variadic(value, gate) or torch.is_grad_enabled():
+        return value * gate
+    if value.dtype != gate.dtype or value.ndim != gate.ndim:
+        return value * gate
+    return value.mul_(gate)
 
 
 class VectorLinear(nn.Module):
@@ -20,31 +33,34 @@ class VectorLinear(nn.Module):
     Args:
         weight: (O, I).
         bias: (O,), or None.
+        spatial: whether vectors are given, and returned, as maps of one position; None where each call shows that.
 
     Attributes:
         few: the largest batch for which products are written out.
 
-    Shape: (N, I) to (N, O), or (N, I, 1, 1) to (N, O, 1, 1).
+    Shape: (N, I) to (N, O), or (N, I, 1, 1) to (N, O, 1, 1) where `spatial`; N may be missing.
     """
 
-    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+    def __init__(self, weight: Tensor, bias: Tensor | None, *, spatial: bool | None = None) -> None:
         super().__init__()
         self.weight = nn.Parameter(weight, requires_grad=False)
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
-        self.few = 0
+        self.few, self.spatial = 0, spatial
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """Multiply each sample's vector by the matrix, and add the bias."""
-        vectors = x.flatten(1)
-        if torch.compiler.is_compiling() and self._are_few(vectors):
-            product = (vectors[:, None, :] * self.weight).sum(-1)
+        spatial = input.ndim == 4 if self.spatial is None else self.spatial
+        vectors = input.flatten(-3) if spatial else input
+        # Under autocast a library's product is of another type than one that is written out.
+        if torch.compiler.is_compiling() and not torch.is_autocast_enabled(input.device.type) and self._are_few(vectors):
+            product = (vectors[..., None, :] * self.weight).sum(-1)
             product = product if self.bias is None else product + self.bias
         else:
             product = F.linear(vectors, self.weight, self.bias)
-        return product if x.ndim == 2 else product[:, :, None, None]
+        return product[..., None, None] if spatial else product
 
     def _are_few(self, vectors: Tensor) -> bool:
-        batch = vectors.shape[0]
+        batch = vectors.shape[0] if vectors.ndim == 2 else 1
         if _is_exporting() and (torch.onnx.is_in_onnx_export() or not isinstance(batch, int)):
             return False  # to choose by a dynamic batch would fix it in the graph
         return bool(batch <= self.few)
@@ -52,7 +68,7 @@ class VectorLinear(nn.Module):
     def extra_repr(self) -> str:
         """The layer's numbers, for `repr`."""
         out_features, in_features = self.weight.shape
-        return f"{in_features}, {out_features}, bias={self.bias is not None}, few={self.few}"
+        return f"{in_features}, {out_features}, bias={self.bias is not None}, few={self.few}, spatial={self.spatial}"
 
 
 #: PyTorch 2.6 can't say; what follows it asks then holds for compilers too, whose batch is an int.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor, fx, nn
@@ -18,13 +19,15 @@ class Affine:
         source: the value it is applied to.
         weight: (O, I), or (C,) where it maps each channel by itself.
         bias: (O,) or (C,).
-        dtype: of the parameters it was made from.
+        dtype: of the parameters it was made from, or of what it yields.
+        raw: a constant tensor, of a type of its own, that takes part in deciding the result's: under autocast, too.
     """
 
     source: fx.Node
     weight: Tensor
     bias: Tensor
     dtype: torch.dtype
+    raw: fx.Node | None = None
 
     @property
     def matrix(self) -> Tensor:
@@ -54,8 +57,10 @@ def is_pointwise(conv: nn.Conv2d) -> bool:
 
 def pointwise(source: fx.Node, conv: nn.Conv2d) -> Affine:
     """A 1x1 convolution, over all its groups."""
-    blocks = conv.weight[..., 0, 0].chunk(conv.groups)
-    return affine(source, torch.block_diag(*blocks), conv.bias)  # type: ignore[no-untyped-call]
+    weight = conv.weight[..., 0, 0]
+    if conv.groups > 1:
+        weight = torch.block_diag(*weight.chunk(conv.groups))  # type: ignore[no-untyped-call]
+    return affine(source, weight, conv.bias)
 
 
 def affine(source: fx.Node, weight: Tensor, bias: Tensor | None) -> Affine:
@@ -69,7 +74,10 @@ def exact(tensor: Tensor) -> Tensor:
     return tensor.detach().to(torch.float32 if tensor.device.type == "mps" else torch.float64)
 
 
-def with_parameters(module: nn.Conv2d, weight: Tensor, bias: Tensor | None) -> nn.Conv2d:
+Layer = TypeVar("Layer", nn.Conv2d, nn.Linear)
+
+
+def with_parameters(module: Layer, weight: Tensor, bias: Tensor | None) -> Layer:
     """`module`, with these as its weight and bias, in place; not to be trained."""
     module.weight = nn.Parameter(weight.detach(), requires_grad=False)
     module.register_parameter("bias", None if bias is None else nn.Parameter(bias.detach(), requires_grad=False))

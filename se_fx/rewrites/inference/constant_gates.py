@@ -5,18 +5,15 @@ g = sigma(0 h + b) = sigma(b)      so the block is a constant factor of each cha
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Iterator
-from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 
-from se_fx.analysis import called
 from se_fx.rewrites.algebra import Algebra
 from se_fx.rewrites.change import Change, place_of
-from se_fx.rewrites.editing import insert_buffer, replace
+from se_fx.rewrites.editing import insert, insert_buffer, replace
+from se_fx.rewrites.terms import Affine, Scale
 
 __all__ = ["constant_gates"]
 
@@ -24,52 +21,62 @@ __all__ = ["constant_gates"]
 def constant_gates(algebra: Algebra) -> Iterator[Change]:
     """A gate whose last matrix is zero is the same for every input: a constant factor, or, where that is 1, nothing."""
     for scale in algebra.scales():
-        way = _way_to_product(algebra, scale.gate)
-        product = algebra.product(way[-1])
-        if product is None or bool(product.weight.any()):
+        found = _last_product(algebra, scale.gate)
+        if found is None or found[1].weight.is_meta or bool(found[1].weight.any()):
             continue
-        factor = _through(algebra, way[:-1], product.bias.to(product.dtype)[None, :, None, None])
+        node, product = found
+        place, factor = place_of(node), _through(algebra, node, scale, product)
         if factor is None:
-            yield Change(place_of(way[-1]), False, "is zero, but what follows isn't known to act on each channel alone")
+            yield Change(place, False, "is zero, but what follows isn't known to act on each channel alone")
             continue
-        with algebra.graph.inserting_before(scale.node):
-            factor_node = insert_buffer(algebra, scale.node, "factor", factor)
-            new = algebra.graph.call_function(torch.mul, (scale.value, factor_node))
-        place = place_of(way[-1])
-        replace(algebra, scale.node, new)
+        if scale.value in algebra.effects.of(scale.node).writes and not algebra.effects.is_forgotten(scale.value, scale.node):
+            yield Change(place, False, "is zero, but others read the value that is scaled in place")
+            continue
         is_one = bool((factor == 1).all())
-        if is_one and algebra.readers(scale.value) == [new]:
-            replace(algebra, new, scale.value)
+        if is_one and algebra.effects.is_forgotten(scale.value, scale.node):
+            replace(algebra, scale.node, scale.value)
+        else:
+            with algebra.graph.inserting_before(scale.node):
+                buffer = insert_buffer(algebra, scale.node, "factor", factor)
+                adapted = insert(algebra, scale.node, "type_as", buffer, scale.value)
+                new = insert(algebra, scale.node, torch.mul, scale.value, adapted)
+            replace(algebra, scale.node, new)
         yield Change(place, True, "is 1 for every input" if is_one else "is the same for every input")
 
 
-def _way_to_product(algebra: Algebra, gate: fx.Node) -> list[fx.Node]:
-    """The way back from a gate to the product it is computed from, along nodes with a single source."""
-    way = [gate]
-    while algebra.product(way[-1]) is None:
-        sources = [source for source in way[-1].all_input_nodes if source in algebra.vectors]
-        if len(sources) != 1:
-            break
-        way += sources
-    return way
+def _last_product(algebra: Algebra, gate: fx.Node) -> tuple[fx.Node, Affine] | None:
+    """The last product on the way to a gate, along nodes with a single source."""
+    node: fx.Node | None = gate
+    while node is not None:
+        product = algebra.product(node)
+        if product is not None:
+            return node, product
+        sources = [source for source in algebra.effects.of(node).reads if source in algebra.vectors]
+        node = sources[0] if len(sources) == 1 else None
+    return None
 
 
-def _through(algebra: Algebra, way: list[fx.Node], value: Tensor) -> Tensor | None:
-    """What nodes that act on each channel alone make of a constant (1, C, 1, 1); None where some may not."""
-    for node in reversed(way):
-        if algebra.is_reshape(node) or node.target == "to":
-            continue
-        module = called(node, algebra.modules)
-        pointwise = type(module) in _POINTWISE if module is not None else node.target in _POINTWISE
-        if not pointwise or any(isinstance(argument, fx.Node) for argument in node.args[1:]):
+def _through(algebra: Algebra, node: fx.Node, scale: Scale, product: Affine) -> Tensor | None:
+    """What the way from a product to the gate makes of its bias, (C, 1, 1); None where it may not act on each channel alone."""
+    if scale.gate is node:
+        return product.bias.to(product.dtype).reshape(-1, 1, 1)
+    maps = [each for each in algebra.maps if each < node]
+    way = algebra.evaluation.way(scale.gate, {node, *maps})
+    if way is None or algebra.effects.may_change(scale.gate, scale.gate, scale.node):
+        return None
+    for each in way:
+        acts_alone = all(source is node or source in way for source in algebra.effects.of(each).reads)
+        if not acts_alone or not algebra.effects.of(each).pointwise:
             return None
-        interpreter = fx.Interpreter(algebra.module, garbage_collect_values=False, graph=algebra.graph)
-        interpreter.env[node.all_input_nodes[0]] = value.clone()
-        with torch.no_grad():
-            value = interpreter.run_node(node)
-    return value
+    found = [_at_batch(algebra, way, node, product, batch) for batch in (1, 2, 3)]
+    factors = [gate for gate in found if gate is not None and gate.dtype == algebra.dtype(scale.node)]
+    is_one_for_all = len(factors) == 3 and all(torch.equal(row, factors[0][0]) for gate in factors for row in gate)
+    return factors[0][0] if is_one_for_all else None
 
 
-_POINTWISE: set[Any] = {nn.Sigmoid, nn.Hardsigmoid, nn.ReLU, nn.ReLU6, nn.SiLU, nn.GELU, nn.Tanh, nn.Identity, nn.Hardswish}
-_POINTWISE |= {torch.sigmoid, F.sigmoid, F.hardsigmoid, F.relu, torch.relu, torch.tanh, torch.mul, torch.add}
-_POINTWISE |= {operator.mul, operator.add, "sigmoid", "relu", "tanh", "mul", "add"}
+def _at_batch(algebra: Algebra, way: list[fx.Node], node: fx.Node, product: Affine, batch: int) -> Tensor | None:
+    """What a way makes of a product's bias, for so many samples: (N, C, 1, 1)."""
+    bias = product.bias.to(product.dtype)
+    known = {node: bias.reshape(1, *algebra.vectors[node]).repeat(batch, *[1] * len(algebra.vectors[node]))}
+    gate = algebra.evaluation.run(way, {**known, **algebra.evaluation.some(algebra.maps, way, batch, product.dtype)})
+    return gate if isinstance(gate, Tensor) and gate.shape == (batch, bias.numel(), 1, 1) else None

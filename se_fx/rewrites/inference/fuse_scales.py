@@ -10,10 +10,10 @@ from collections.abc import Iterator
 import torch
 from torch import fx
 
-from se_fx.analysis import changes_in_place
 from se_fx.rewrites.algebra import Algebra
 from se_fx.rewrites.change import Change, place_of
-from se_fx.rewrites.editing import replace, sweep
+from se_fx.rewrites.editing import insert, promoted, replace, sweep
+from se_fx.rewrites.products import scaled
 from se_fx.rewrites.terms import Scale
 
 __all__ = ["fuse_scales"]
@@ -24,18 +24,14 @@ def fuse_scales(algebra: Algebra) -> Iterator[Change]:
     for scale in algebra.scales():
         readers = algebra.readers(scale.node)
         reader, place = readers[0] if len(readers) == 1 else None, place_of(scale.value)
-        if reader is not None and _adds(algebra, reader, scale) and not algebra.is_written(scale.value, reader):
-            summand = next(source for source in reader.all_input_nodes if source is not scale.node)
-            with algebra.graph.inserting_before(reader):
-                new = algebra.graph.call_function(torch.addcmul, (summand, scale.value, scale.gate))
-            replace(algebra, reader, new)
-            sweep(algebra, scale.node)
+        if reader is not None and _adds(algebra, reader, scale):
+            _fuse(algebra, reader, scale)
             yield Change(place, True, "with the sum that reads it")
-        elif changes_in_place(scale.node, algebra.modules):
+        elif algebra.effects.of(scale.node).writes:
             continue
-        elif algebra.is_own(scale.value) and not algebra.is_read_after(scale.value, scale.node):
+        elif algebra.effects.is_own(scale.value) and algebra.effects.is_forgotten(scale.value, scale.node):
             with algebra.graph.inserting_before(scale.node):
-                new = algebra.graph.call_method("mul_", (scale.value, scale.gate))
+                new = insert(algebra, scale.node, scaled, scale.value, scale.gate)
             replace(algebra, scale.node, new)
             yield Change(place, True, "in place")
         else:
@@ -43,7 +39,26 @@ def fuse_scales(algebra: Algebra) -> Iterator[Change]:
 
 
 def _adds(algebra: Algebra, reader: fx.Node, scale: Scale) -> bool:
-    """Whether a node adds the scaled map and another of its shape, and nobody sees whether it does so in place."""
-    own = not changes_in_place(reader, algebra.modules) or reader.args[0] is scale.node
-    both = algebra.adds(reader) and len(set(reader.args)) == 2
-    return both and own and all(algebra.maps.get(each) == algebra.maps[scale.node] for each in reader.all_input_nodes)
+    """Whether a node adds the scaled map and another of its shape, and nobody sees how, nor when."""
+    effects, summands = algebra.effects, algebra.summands(reader)
+    if not summands or any(algebra.maps.get(each) != algebra.maps[scale.node] for each in summands):
+        return False
+    if any(effects.may_change(each, scale.node, reader) for each in (scale.value, scale.gate)):
+        return False
+    if any(not effects.is_forgotten(each, reader) for each in effects.of(reader).writes):
+        return False
+    return not effects.of(scale.node).writes or effects.is_forgotten(scale.value, scale.node)
+
+
+def _fuse(algebra: Algebra, reader: fx.Node, scale: Scale) -> None:
+    (summand,) = (each for each in algebra.summands(reader) if each is not scale.node)
+    written = algebra.effects.of(reader).writes
+    with algebra.graph.inserting_before(reader):
+        new = insert(algebra, reader, torch.addcmul, summand, scale.value, scale.gate)
+        # Under autocast they may be of two types, and what is added to in place keeps its own.
+        if scale.node in written:
+            new = promoted(algebra, new, scale.value, scale.gate)
+        elif summand in written:
+            new = insert(algebra, reader, "type_as", new, summand)
+    replace(algebra, reader, new)
+    sweep(algebra, scale.node)

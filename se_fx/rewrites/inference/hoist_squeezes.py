@@ -8,14 +8,16 @@ With a pointwise convolution W x + b, the average m over space, and a gate's fir
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 
+import torch
 from torch import fx, nn
 
 from se_fx.analysis import called
 from se_fx.rewrites.algebra import Algebra
 from se_fx.rewrites.change import Change, place_of
-from se_fx.rewrites.editing import multiply
+from se_fx.rewrites.editing import insert, multiply
 from se_fx.rewrites.terms import Affine
 
 __all__ = ["hoist_squeezes"]
@@ -42,6 +44,9 @@ def hoist_squeezes(algebra: Algebra) -> Iterator[Change]:
         for _, outer in reversed(stages[: upstream - 1]):
             composed = _composed(outer, composed)
         products = _products_reading(algebra, node)
+        if products is None and algebra.vectors[node][1:] not in ((), (1, 1)):
+            yield Change(place_of(value), False, "its average is neither (N, C) nor (N, C, 1, 1)")
+            continue
         matrix = f"{widths[0]} x {widths[upstream]} matrix"
         if products is None and not _saves_bytes(first, widths[0], widths[upstream]):
             known = (
@@ -50,10 +55,10 @@ def hoist_squeezes(algebra: Algebra) -> Iterator[Change]:
             yield Change(place_of(value), False, f"its {matrix}, which no other absorbs, {known}")
             continue
         replaced = [(product, _composed(affine, composed)) for product, affine in products or ()]
-        for old, affine in replaced or [(node, composed)]:
+        for old, affine in replaced or [(node, dataclasses.replace(composed, dtype=algebra.dtype(node) or composed.dtype))]:
             flat = len(algebra.vectors[old]) == 1
             with algebra.graph.inserting_before(first):
-                average = algebra.graph.call_method("mean", (affine.source, (2, 3)), {"keepdim": not flat})
+                average = insert(algebra, node, torch.mean, affine.source, (-2, -1), not flat)
             algebra.vectors[average] = (widths[upstream],) if flat else (widths[upstream], 1, 1)
             multiply(algebra, old, average, affine)
         absorbed = "" if products else f", then multiplies by a {matrix}"
@@ -63,7 +68,7 @@ def hoist_squeezes(algebra: Algebra) -> Iterator[Change]:
 def _affine_stages(algebra: Algebra, value: fx.Node, reader: fx.Node) -> tuple[list[tuple[fx.Node, Affine]], str]:
     """The affine maps of channels that `value` comes from, the last one first, and why there are no more."""
     stages: list[tuple[fx.Node, Affine]] = []
-    while not algebra.is_written(value, reader):
+    while not algebra.effects.may_change(value, value, reader):
         affine = algebra.affine(value)
         if affine is None:
             return stages, f"{_described(value, algebra)} stands before it"

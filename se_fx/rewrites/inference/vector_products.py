@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from torch import nn
+
 from se_fx.analysis import called
 from se_fx.rewrites.algebra import Algebra
 from se_fx.rewrites.change import Change, place_of
@@ -23,8 +25,10 @@ def vector_products(algebra: Algebra) -> Iterator[Change]:
         product = algebra.product(node)
         if product is None:
             continue
+        module: nn.Module | None
         module, change = called(node, algebra.modules), Change(place_of(node), True, "{1} to {0}".format(*product.matrix.shape))
         if not isinstance(module, VectorLinear):
             module = multiply(algebra, node, product.source, product)
-        module.few = few(module.weight)
+        if isinstance(module, VectorLinear):
+            module.few = few(module.weight)
         yield change
