@@ -102,7 +102,7 @@ class Tracer(fx.Tracer):
                 raise self.refuse(f"calls a {type(m).__name__}, whose __call__ is its own")
             if self.snapshot is not None and self.snapshot.changed(m):
                 raise self.refuse(WRITES)
-            blocks = [] if EXCITE in kwargs else excitement(m)
+            blocks = excitement(m)
             output = super().call_module(m, forward, args, {**kwargs, EXCITE: False} if blocks else kwargs)
             for container, block in blocks:  # seen as nodes of their own
                 output = getattr(container, block)(output)

@@ -86,11 +86,11 @@ class Rewritten:
             "own": fx.GraphModule(module, self._own_graph) if self._own_graph else None,
         }
         own = fx.GraphModule if self._own_graph else self._own_class
-        return _unpickled, (own, isinstance(self, GraphRegion)), state
+        return _unpickled, (own, isinstance(self, fx.GraphModule)), state
 
     def __setstate__(self, state: Any) -> None:
         module: nn.Module = self  # type: ignore[assignment]
-        as_graph_module, own = isinstance(self, GraphRegion), self._own_class
+        as_graph_module, own = isinstance(self, fx.GraphModule), self._own_class
         module.__dict__.clear()
         module.__dict__.update(state["attributes"])
         module.__class__ = own if state["own"] is None else type(state["own"])
@@ -106,7 +106,7 @@ class Rewritten:
 
 def _unpickled(own: type[nn.Module], as_graph_module: bool) -> nn.Module:
     """A module of the right kind of class for pickle to give its state to."""
-    return object.__new__(_graph_class(own, None, ()) if as_graph_module else _class(own, None, None, None, excited=False))
+    return object.__new__(_graph_class(own, None, ()) if as_graph_module else _class(own, None, None, excited=False))
 
 
 class GraphRegion(Rewritten, fx.GraphModule):
@@ -183,7 +183,7 @@ def give_class(
     """
     host, excited = _functions(module.__dict__.get("_host_graphs")), bool(module.__dict__.get("_excited_by"))
     if not as_graph_module:
-        module.__class__ = _class(own, _functions(module.__dict__.get("_graphs")), host, own_graph, excited=excited)
+        module.__class__ = _class(own, _functions(module.__dict__.get("_graphs")), host, excited=excited)
         return
     graphs = module.__dict__["_graphs"]
     module.__dict__["_graph"] = graphs[module.training]
@@ -210,9 +210,7 @@ def _graph_class(
     return region
 
 
-def _class(
-    own: type[nn.Module], region: Forwards | None, host: Forwards | None, own_graph: fx.Graph | None, *, excited: bool
-) -> type[nn.Module]:
+def _class(own: type[nn.Module], region: Forwards | None, host: Forwards | None, *, excited: bool) -> type[nn.Module]:
     """A class for modules of the class `own`."""
     leaf = own.__module__.startswith("torch.nn.") and not issubclass(own, nn.Sequential)
     body = {
@@ -221,7 +219,6 @@ def _class(
         "__module__": __name__ if leaf and excited else own.__module__,
         "__qualname__": own.__qualname__,
         "_own_class": own,
-        "_own_graph": own_graph,
         "_host": host,
         "forward": _forward(own, region, host, excited=excited),
     }

@@ -16,7 +16,7 @@ import se_fx
 def half_constant(cnn: nn.Module) -> nn.Module:
     """The first block is constant, the second isn't."""
     model = se_fx.transform(cnn, min_channels=1, latent_channels=4, bias=True, example_inputs=X)
-    make_constant(blocks(model)["squeeze_excite.of_0"], torch.linspace(0.1, 0.9, 16))
+    make_constant(blocks(model)["squeeze_excite.0"], torch.linspace(0.1, 0.9, 16))
     nn.init.normal_(blocks(model)["squeeze_excite.3"].fc2.weight, std=20.0)
     return model
 
@@ -35,7 +35,7 @@ def test_all_but_the_folded_weights_is_shared_and_the_input_is_untouched(cnn: nn
     assert {name: module.training for name, module in model.named_modules()} == modes
     assert folding.model.training
     assert not folding.model.get_submodule("1").training
-    assert [name for name in before if name not in folded] == [name for name in before if "squeeze_excite.of_0." in name]
+    assert [name for name in before if name not in folded] == [name for name in before if "squeeze_excite.0." in name]
     assert [name for name in folded if folded[name] is not before[name][0]] == ["0.weight", "0.bias"]
     assert all(type(folded[name]) is nn.Parameter for name in ("0.weight", "0.bias"))
 
