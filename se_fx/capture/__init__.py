@@ -7,20 +7,18 @@ region, down to a lone Conv2d. Knows nothing of Squeeze-and-Excitation.
 from se_fx.capture.capturing import Capture, Region, capture, collector_paused, is_foreign
 from se_fx.capture.plain import check_whole
 from se_fx.capture.randomness import check_seed, drawing_from, kept_on_failure, random_state, set_random_state
-from se_fx.capture.tracer import Call
-from se_fx.capture.tracing import Tracing, Untraceable
+from se_fx.capture.tracer import TRACED_HOOKS, has_traced_hooks
 
 __all__ = [
-    "Call",
+    "TRACED_HOOKS",
     "Capture",
     "Region",
-    "Tracing",
-    "Untraceable",
     "capture",
     "check_seed",
     "check_whole",
     "collector_paused",
     "drawing_from",
+    "has_traced_hooks",
     "is_foreign",
     "kept_on_failure",
     "random_state",

@@ -23,9 +23,8 @@ from torch import Tensor, fx, nn
 
 from se_fx.capture.plain import check_plain, closed_parts
 from se_fx.capture.randomness import random_state, set_random_state
-from se_fx.capture.tracer import Call
 from se_fx.capture.tracing import Tracing, Untraceable
-from se_fx.regions import Inserted, clone, restore_code
+from se_fx.regions import Inserted, clone
 
 __all__ = ["Capture", "Region", "capture", "collector_paused", "is_foreign"]
 
@@ -39,14 +38,12 @@ class Region:
         module: the module the graphs' targets refer to, in a scratch clone of the model. To be read, never run.
         graphs: the graph by `training`, one object under both keys where the modes agree; None for a lone Conv2d.
         constants: tensors that the model's code made while being traced, by the attribute name the graphs use.
-        calls: the tree of calls behind each graph.
     """
 
     path: str
     module: nn.Module
     graphs: dict[bool, fx.Graph] | None
     constants: dict[str, Tensor] = field(default_factory=dict)
-    calls: dict[fx.Graph, Call] = field(default_factory=dict)
 
     def convs(self) -> dict[nn.Module, str]:
         """The Conv2d modules the region calls, with their names in it; a lone Conv2d's is empty."""
@@ -94,7 +91,7 @@ def capture(model: nn.Module, *, finely: bool = False) -> Capture:
         SqueezeExciteError: `model` is not an `nn.Module`, or is wrapped, compiled, scripted or not initialised yet.
     """
     check_plain(model)
-    scratch = _clone_with_code(model)
+    scratch = clone(model)
     closed = closed_parts(scratch)
     shut = {part for name in closed for part in scratch.get_submodule(name).modules()}
     entered = _entered(scratch, shut, finely)
@@ -115,7 +112,7 @@ def capture(model: nn.Module, *, finely: bool = False) -> Capture:
             return
         try:
             tracing = Tracing(module, entered, (False,) if finely else (True, False), written)
-            region = Region(path, module, tracing.graphs(), tracing.constants, tracing.calls)
+            region = Region(path, module, tracing.graphs(), tracing.constants)
         except Untraceable as untraceable:
             opaque[path] = str(untraceable)
             for child in _called_children(module, untraceable.called):
@@ -187,14 +184,6 @@ def collector_paused() -> Iterator[None]:
     finally:
         if enabled:
             gc.enable()
-
-
-def _clone_with_code(model: nn.Module) -> nn.Module:
-    scratch = clone(model)
-    for module in scratch.modules():
-        if not module.__dict__.get("_edited"):  # its code holds the same, and says what calls what
-            restore_code(module, hosts=False)
-    return scratch
 
 
 def _entered(model: nn.Module, shut: set[nn.Module], finely: bool) -> set[nn.Module]:

@@ -11,7 +11,6 @@ import collections
 import re
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
@@ -22,30 +21,13 @@ from se_fx.capture.randomness import random_state, set_random_state
 from se_fx.capture.snapshot import Snapshot
 from se_fx.capture.values import CHECKPOINT, CHECKPOINTS, WRITES, Value, watched
 from se_fx.errors import reason_of
-from se_fx.regions import EXCITE, excitement, hooked, reserve_names
+from se_fx.regions import hooked, reserve_names
 
-__all__ = ["DRAWS", "Call", "Tracer"]
+__all__ = ["DRAWS", "TRACED_HOOKS", "Tracer", "has_traced_hooks"]
 
 DRAWS = "draws random numbers that a graph would freeze"
-
-
-@dataclass(eq=False)
-class Call:
-    """One call of a module that was looked into.
-
-    Attributes:
-        path: the module's qualified name in the root; empty for the root's own.
-        caller: the call whose code made it; None for the root's own.
-        inputs: the traced values it was given, by position or by name.
-        steps: what its code did, in order: operators and calls of other modules, as nodes; calls of those looked into.
-        output: the node that it returned, where it returned one value.
-    """
-
-    path: str
-    caller: Call | None = None
-    inputs: dict[int | str, fx.Node] = field(default_factory=dict)
-    steps: list[fx.Node | Call] = field(default_factory=list)
-    output: fx.Node | None = None
+#: Forward hooks that are looked into where their modules' children are.
+TRACED_HOOKS: set[Callable[..., Any]] = set()
 
 
 class Tracer(fx.Tracer):
@@ -79,7 +61,6 @@ class Tracer(fx.Tracer):
         self.snapshot = snapshot
         self.watch = watch
         self.called: set[str] = set()
-        self.calls = self._call = Call("")
         self.made: dict[str, Tensor] = {}
         self.refused: str | None = None
         self.own_tensors: set[int] = set()
@@ -102,16 +83,12 @@ class Tracer(fx.Tracer):
                 raise self.refuse(f"calls a {type(m).__name__}, whose __call__ is its own")
             if self.snapshot is not None and self.snapshot.changed(m):
                 raise self.refuse(WRITES)
-            blocks = excitement(m)
-            output = super().call_module(m, forward, args, {**kwargs, EXCITE: False} if blocks else kwargs)
-            for container, block in blocks:  # seen as nodes of their own
-                output = getattr(container, block)(output)
+            output = super().call_module(m, forward, args, kwargs)
+            through = any(child in self.entered for child in m.children()) and has_traced_hooks(m)
+            for hook in m._forward_hooks.values() if through else ():
+                output = hook(m, args, output)
             return output
         self._check_writes()  # of the caller's
-        given = {**dict(enumerate(args)), **kwargs}
-        call = Call(name, self._call, {key: value.node for key, value in given.items() if type(value) is Value})
-        steps, self._call = len(self._call.steps), call
-        call.caller.steps.append(call)  # type: ignore[union-attr]
         stack, randomness = self.module_stack.copy(), random_state() if self.watch else None
         try:
             _check_code(m)
@@ -122,12 +99,9 @@ class Tracer(fx.Tracer):
             self._check_writes()
             if self.refused:  # and the code has caught that
                 raise fx.proxy.TraceError(self.refused)
-            call.output = result.node if type(result) is Value else None
-            self._call = call.caller  # type: ignore[assignment]
             return result
         except Exception as error:
-            self.module_stack, self.refused, self._call = stack, None, call.caller  # type: ignore[assignment]
-            del self._call.steps[steps:]
+            self.module_stack, self.refused = stack, None
             self.opaque[name] = reason_of(error)
             if self.watch and self.snapshot is not None:
                 self.snapshot.restore()
@@ -151,10 +125,7 @@ class Tracer(fx.Tracer):
             raise fx.proxy.TraceError(CHECKPOINTS)
         if ambient() != self._ambient:
             raise fx.proxy.TraceError("runs under a grad mode or autocast of its own, which a graph would drop")
-        node = super().create_node(*args, **kwargs)
-        if node.op.startswith("call_"):
-            self._call.steps.append(node)
-        return node
+        return super().create_node(*args, **kwargs)
 
     def create_arg(self, a: Any) -> Any:
         """Lower an argument, keeping the class of dicts that the model's callers may rely on."""
@@ -254,6 +225,11 @@ class Tracer(fx.Tracer):
             del root.__dict__[key]
         self.made = made
         return graph
+
+
+def has_traced_hooks(module: nn.Module) -> bool:
+    """Whether a module has hooks, and all of them are to be looked into."""
+    return bool(module._forward_hooks) and set(module._forward_hooks.values()) <= TRACED_HOOKS
 
 
 def _returns_a_tensor(module: nn.Module) -> bool:

@@ -1,38 +1,20 @@
-"""Assembly: blocks into a captured model, in place or into a copy that runs its graphs as well."""
+"""Assembly: a copy of a captured model, with blocks inserted into its regions."""
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
-import torch
 from torch import fx, nn
 
-from se_fx.capture import Call, Capture, Region, collector_paused
-from se_fx.insertion.containers import hold, note_blocks
-from se_fx.insertion.host_graphs import HostGraphs, host_graphs
-from se_fx.insertion.hosting import Seat, Seats
+from se_fx.capture import Capture, Region, collector_paused
+from se_fx.insertion.containers import attach, container_of, hold
 from se_fx.insertion.insert_blocks import InsertBlocks
 from se_fx.placement import Spot
-from se_fx.regions import (
-    EXCITE,
-    add_constants,
-    clone,
-    copied,
-    excite,
-    own_class,
-    restore_code,
-    run_graphs,
-    run_host_graphs,
-    run_own_code,
-    view,
-    watch,
-)
+from se_fx.regions import add_constants, clone, copied, restore_code, run_graphs, view
 
-__all__ = ["Insertion", "insert", "insert_in_place", "undone_on_failure"]
+__all__ = ["Insertion", "insert"]
 
 
 @dataclass(frozen=True)
@@ -40,7 +22,7 @@ class Insertion:
     """One block to insert in a region.
 
     Attributes:
-        name: the name in the region of the Conv2d that the block is named after; empty for a lone Conv2d.
+        name: the block's name in the region's container of blocks.
         block: the module that scales the values.
         spots: where it goes in each graph, by `training`. Empty for a lone Conv2d.
     """
@@ -53,184 +35,44 @@ class Insertion:
 def insert(capture: Capture, insertions: Mapping[str, list[Insertion]]) -> nn.Module:
     """A copy of the captured model that shares its tensors, with `insertions` (by region path) made.
 
-    Regions that have any run their graphs, and so does the root: it is an `fx.GraphModule` where it was captured as a graph.
-    Their own code, which runs where a graph is stale, holds the same blocks.
+    The root is an `fx.GraphModule` where it was captured as a graph, of the model's own class otherwise.
     """
     with collector_paused():
         model = clone(capture.model)
-        _insert(model, capture, insertions, in_place=False)
+        for region in capture.regions:
+            module = model.get_submodule(region.path)
+            chosen = insertions.get(region.path, [])
+            if region.graphs is None:
+                for insertion in chosen:
+                    attach(module, insertion.block)
+            elif chosen or not region.path:
+                _rewrite(module, region, chosen)
     return model
 
 
-def insert_in_place(capture: Capture, insertions: Mapping[str, list[Insertion]]) -> None:
-    """Make `insertions` in the captured model itself, whose own code goes on running wherever that is possible.
-
-    Call it within `undone_on_failure`.
-    """
-    with collector_paused():
-        _insert(capture.model, capture, insertions, in_place=True)
-
-
-def _insert(model: nn.Module, capture: Capture, insertions: Mapping[str, list[Insertion]], *, in_place: bool) -> None:
-    for region in capture.regions:
-        chosen = insertions.get(region.path, [])
-        if region.graphs is None:
-            for each in chosen:
-                conv = model.get_submodule(region.path)
-                container, path, name = hold(conv, region.path.rpartition(".")[2] or "conv", each.block)
-                excite(conv, container, name)
-                note_blocks(model, {region.path: region.qualified(f"{path}.{name}")})
-        elif chosen or not (in_place or region.path):
-            furnished = _Furnished(model, region, chosen)
-            note_blocks(model, {region.qualified(each): region.qualified(path) for each, path in furnished.blocks.items()})
-            if not in_place or furnished.homeless:
-                furnished.run_flat()
-
-
-class _Furnished:
-    """A region of a model whose blocks have been given their seats, in place."""
-
-    def __init__(self, model: nn.Module, region: Region, insertions: Sequence[Insertion]) -> None:
-        self.region, self.insertions = region, insertions
-        self.module = model.get_submodule(region.path)
-        restore_code(self.module, hosts=False)
-        self.seats: dict[str, Seat] = {}
-        self.graphs: dict[str, HostGraphs | None] = {}
-        self.blocks: dict[str, str] = {}
-        seats = Seats(region)
-        for each in insertions:
-            seat = next((seat for seat in seats.of(each.spots) if seat.returns is not None or self._graphs_of(seat.host)), None)
-            if seat is not None:
-                self.seats[each.name] = seat
-        self.homeless = any(each.name not in self.seats for each in insertions)
-        held = {each.name: self._hold(each) for each in insertions}
-        for host in {seat.host: None for seat in self.seats.values() if seat.returns is None}:
-            self._run_graphs(host, held)
-
-    def _graphs_of(self, host: str) -> HostGraphs | None:
-        if host not in self.graphs:
-            self.graphs[host] = host_graphs(self.region, host)
-        return self.graphs[host]
-
-    def _hold(self, insertion: Insertion) -> str:
-        """Put one block where it stands; returns its name in its host."""
-        seat = self.seats.get(insertion.name, Seat(""))
-        host = self.module.get_submodule(seat.host)
-        inside = insertion.name.removeprefix(f"{seat.host}.") if seat.host else insertion.name
-        whole = inside != insertion.name or not seat.host
-        container, path, name = hold(host, inside if whole else insertion.name.rpartition(".")[2], insertion.block)
-        self.blocks[insertion.name] = ".".join(filter(None, (seat.host, path, name)))
-        if seat.returns is not None:
-            excite(self.module.get_submodule(seat.returns), container, name)
-            run_own_code(host)
-        self._note_between(host, seat.host, insertion.spots)
-        return f"{path}.{name}"
-
-    def _note_between(self, host: nn.Module, path: str, spots: Mapping[bool, Spot]) -> None:
-        """Have the host know of the norm behind a conv where a block stands between the two."""
-        prefix = f"{path}." if path else ""
-        for value in {node for spot in spots.values() for node in spot.nodes if spot.readers is None}:
-            conv = self.region.module.get_submodule(str(value.target)) if value.op == "call_module" else None
-            if not isinstance(conv, nn.Conv2d) or not str(value.target).startswith(prefix):
-                continue
-            for user in value.users:
-                if user.op == "call_module" and str(user.target).startswith(prefix):
-                    norm = self.region.module.get_submodule(str(user.target))
-                    names = str(value.target).removeprefix(prefix), str(user.target).removeprefix(prefix)
-                    if "norm" in type(norm).__name__.lower():
-                        host.__dict__.setdefault("_between", []).append((*names, conv.bias is not None, own_class(norm)))
-
-    def _run_graphs(self, host: str, held: Mapping[str, str]) -> None:
-        """Have a host run graphs of its own code, with the blocks that stand there."""
-        known, module = self.graphs[host], self.module.get_submodule(host)
-        assert known is not None
-        here = [(each, self.seats[each.name]) for each in self.insertions if each.name in self.seats]
-        here = [(each, seat) for each, seat in here if seat.host == host and seat.returns is None]
-        add_constants(module, known.constants)
-        edited: dict[fx.Graph, fx.Graph] = {}
-        for training, graph in known.graphs.items():
-            if graph in edited:
-                continue
-            blocks = []
-            for each, seat in here:
-                mode = training if training in seat.values else not training
-                if training in seat.values or known.graphs[True] is known.graphs[False]:
-                    value = known.value(training, seat.values[mode])
-                    readers = None if seat.readers is None else frozenset(known.steps[training][i] for i in seat.readers[mode])
-                    blocks.append((held[each.name], each.block, Spot(each.name, 0, (value,), readers)))
-            edited[graph] = _with_blocks(module, graph, blocks)
-        by_mode = {training: edited[graph] for training, graph in known.graphs.items()}
-        run_host_graphs(module, by_mode, watch([("", module, own_class(module))]))
-
-    def run_flat(self) -> None:
-        """Have the region run the graphs of all its code."""
-        region, module = self.region, self.module
-        assert region.graphs is not None
-        add_constants(module, region.constants)
-        edited: dict[fx.Graph, fx.Graph] = {}
-        for training, graph in region.graphs.items():
-            if graph not in edited:
-                blocks = [(self.blocks[e.name], e.block, e.spots[training]) for e in self.insertions if training in e.spots]
-                by_themselves = {seat.returns for seat in self.seats.values()}
-                edited[graph] = _with_blocks(module, graph, blocks, by_themselves)
-        paths = {"": None, **{path: None for call in region.calls.values() for path in _paths(call)}}
-        inner = [(path, module.get_submodule(path)) for path in paths]
-        hosts = [each for each in module.modules() if "_between" in each.__dict__]
-        run_graphs(
-            module,
-            {training: edited[graph] for training, graph in region.graphs.items()},
-            as_graph_module=not region.path,
-            watched=watch([(path, each, own_class(each)) for path, each in inner]),
-            hosts=hosts,
-            replaceable=not self.homeless,
-        )
-
-
-def _with_blocks(
-    module: nn.Module,
-    graph: fx.Graph,
-    blocks: Sequence[tuple[str, nn.Module, Spot]],
-    by_themselves: set[Any] = frozenset(),  # type: ignore[assignment]
-) -> fx.Graph:
-    """A copy of a graph of `module` with calls of blocks; what scales its values by itself is told not to."""
-    edited, twin = copied(graph)
-    for node in edited.nodes:
-        if node.op == "call_module" and node.target in by_themselves:
-            node.kwargs = {**node.kwargs, EXCITE: False}
-    InsertBlocks((target, block, _moved(spot, twin)) for target, block, spot in blocks)(view(module, edited, compiled=False))
-    return edited
+def _rewrite(module: nn.Module, region: Region, insertions: list[Insertion]) -> None:
+    assert region.graphs is not None
+    restore_code(module)
+    add_constants(module, region.constants)
+    container = container_of(module) if insertions else ""
+    for each in insertions:
+        hold(module, container, each.name, each.block)
+    views: dict[fx.Graph, fx.GraphModule] = {}
+    nowhere = Spot("", 0, ())
+    for training, graph in region.graphs.items():
+        if graph in views:
+            continue
+        edited, twin = copied(graph)
+        views[graph] = view(module, edited, compiled=False)
+        InsertBlocks(
+            (f"{container}.{each.name}", each.block, _moved(each.spots[training], twin) if training in each.spots else nowhere)
+            for each in insertions
+        )(views[graph])
+    by_mode = {training: views[graph] for training, graph in region.graphs.items()}
+    run_graphs(module, by_mode, as_graph_module=not region.path)
 
 
 def _moved(spot: Spot, twin: Mapping[fx.Node, fx.Node]) -> Spot:
     """The same spot in a copy of its graph."""
     readers = None if spot.readers is None else frozenset(twin[node] for node in spot.readers)
     return dataclasses.replace(spot, nodes=tuple(twin[node] for node in spot.nodes), readers=readers)
-
-
-def _paths(call: Call) -> Iterator[str]:
-    for step in call.steps:
-        if isinstance(step, Call):
-            yield step.path
-            yield from _paths(step)
-
-
-@contextlib.contextmanager
-def undone_on_failure(model: nn.Module) -> Iterator[None]:
-    """Where what is within fails, the model's modules are as they were: their classes, attributes and children."""
-    kept = ("_modules", "_parameters", "_buffers", "_non_persistent_buffers_set")
-    before = [
-        (module, type(module), dict(module.__dict__), {name: module.__dict__[name].copy() for name in kept})
-        for module in model.modules()
-        if not isinstance(module, torch.jit.ScriptModule)  # which nothing is put into
-    ]
-    try:
-        yield
-    except BaseException:
-        for module, kind, attributes, containers in before:
-            module.__class__ = kind
-            module.__dict__.clear()
-            module.__dict__.update(attributes)
-            for name, content in containers.items():
-                attributes[name].clear()
-                attributes[name].update(content)
-        raise
