@@ -161,7 +161,7 @@ def _strip(region: fx.GraphModule) -> None:
 
 def _is_idle(module: nn.Module | None) -> bool:
     """Whether a module returns what it is given."""
-    return module is not None and type(module).forward in _IDLE_FORWARDS and is_plain(module) and not module.training
+    return module is not None and is_plain(module) and type(module).forward in _IDLE_FORWARDS and not module.training
 
 
 _IDLE = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
@@ -217,14 +217,10 @@ def _bring(module: nn.Module, region: fx.GraphModule, node: fx.Node) -> None:
 
 def _prune(root: GraphRegion) -> None:
     """Take out the modules and tensors that the eval graph doesn't use, whatever names they have."""
-    used: set[nn.Module] = set()
-    read: set[tuple[nn.Module, str]] = set()
-    for node in root.graph.nodes:
-        path, _, name = str(node.target).rpartition(".")
-        if node.op == "call_module":
-            used.update(root.get_submodule(str(node.target)).modules())
-        elif node.op == "get_attr":
-            read.add((root.get_submodule(path), name))
+    calls = [root.get_submodule(str(node.target)) for node in root.graph.nodes if node.op == "call_module"]
+    used = {part for module in calls for part in module.modules()}
+    paths = [str(node.target).rpartition(".") for node in root.graph.nodes if node.op == "get_attr"]
+    read = {(root.get_submodule(path), name) for path, _, name in paths}
     for module in list(root.modules())[::-1]:  # children before parents
         if module not in used:
             for name in [*module._parameters, *module._buffers]:
@@ -233,6 +229,8 @@ def _prune(root: GraphRegion) -> None:
             for name, child in [*module.named_children()]:
                 if child not in used and not [*child.children(), *child.parameters(), *child.buffers()]:
                     delattr(module, name)
+                    if type(module).__repr__ is not nn.Module.__repr__:  # it may look for it
+                        setattr(module, name, nn.Identity())
 
 
 def _bare(root: GraphRegion) -> None:

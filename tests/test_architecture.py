@@ -65,7 +65,7 @@ def test_imports_go_down(module: str) -> None:
 @pytest.mark.parametrize(
     ("module", "line"),
     [
-        ("capture.regions", "from se_fx.planning import Plan"),
+        ("capture.tracer", "from se_fx.planning import Plan"),
         ("cost", "import se_fx"),
         ("report.charts", "if TYPE_CHECKING:\n    from se_fx.transform import report"),
         ("blocks.squeeze_excite", "def late():\n    from se_fx.cost import measure"),

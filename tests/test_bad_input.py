@@ -256,6 +256,7 @@ ROWS: list[Row] = [
         *((value, "expected names in a list") for value in ("fold_norms", 3, True, nn.ReLU)),
         *(([value], "expected some of 'constant_gates'") for value in (3, None, [], nn.ReLU)),
     ),
+    *rows("optimize_for_inference", "target", *((value, "target=") for value in ("onnx", "", 3, True, nn.ReLU, ["export"]))),
     # benchmarks
     *rows(
         "bench",

@@ -4,16 +4,15 @@ Which values come from the inputs, which are feature maps and of how many channe
 Graphs are read, or run on meta tensors; nothing is edited. Knows nothing of blocks, nor why it is asked.
 """
 
-from se_fx.analysis.calls import arguments, is_plain, runs_pytorch
+from se_fx.analysis.calls import arguments, is_plain
 from se_fx.analysis.channels import Values, channels
 from se_fx.analysis.dataflow import ADDS, PRODUCTS, Modules, attention_convs, called, modules_of
-from se_fx.analysis.effects import Effect, Effects
+from se_fx.analysis.effects import Effects
 from se_fx.analysis.residual import Unit, activation_after, residual_units
 
 __all__ = [
     "ADDS",
     "PRODUCTS",
-    "Effect",
     "Effects",
     "Modules",
     "Unit",
@@ -26,5 +25,4 @@ __all__ = [
     "is_plain",
     "modules_of",
     "residual_units",
-    "runs_pytorch",
 ]

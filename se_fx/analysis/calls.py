@@ -23,6 +23,8 @@ def arguments(node: fx.Node, modules: Modules) -> dict[str, Any] | None:
     as in the documentation; the operands of Python's operators are `input` and `other`. Defaults are left out.
     """
     module = called(node, modules)
+    if isinstance(module, torch.jit.ScriptModule):
+        return None
     if module is not None:
         return _bound(inspect.signature(type(module).forward), (module, *node.args), node.kwargs, skip=1)
     if node.op == "call_method":
@@ -80,6 +82,8 @@ def runs_pytorch(node: fx.Node, modules: Modules) -> bool:
 
 def is_plain(module: nn.Module) -> bool:
     """Whether calling a module runs the code of a class of PyTorch's (or se_fx's) on its own tensors, and nothing else."""
+    if isinstance(module, torch.jit.ScriptModule):
+        return False
     tensors = {**module._parameters, **module._buffers}
     if hooked(module) or not {type(tensor) for tensor in tensors.values()} <= _PLAIN_TENSORS:
         return False

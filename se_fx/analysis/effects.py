@@ -165,8 +165,8 @@ class Effects:
 
 def _holds_hooks_or_convs(module: nn.Module) -> bool:
     """Whether to run a module would run hooks, or take time."""
-    parts = list(module.modules())
-    return any(map(hooked, parts)) or (len(parts) > 1 and any(isinstance(part, nn.Conv2d) for part in parts))
+    itself, *parts = module.modules()
+    return any(map(hooked, (itself, *parts))) or any(isinstance(part, nn.Conv2d) for part in parts)
 
 
 def _allocates(module: nn.Module | None) -> bool:

@@ -116,7 +116,9 @@ class Evaluation:
         if not all(self.effects.of(node).computes <= _POLYNOMIAL for node in way):
             return False
         for batch, *size in ((2, 3, 5), (3, 5, 2), (2, 4, 4)):
-            x = torch.randn(batch, channels, *size, dtype=torch.float64, generator=torch.Generator().manual_seed(batch))
+            x = torch.randn(
+                batch, channels, *size, dtype=torch.float64, device="cpu", generator=torch.Generator("cpu").manual_seed(batch)
+            )
             found, expected = self.run(way, {source: x.clone()}), x.mean((2, 3))
             is_alike = isinstance(found, Tensor) and found.dtype == x.dtype and found.shape[:1] == (batch,)
             if not is_alike or found.numel() != expected.numel():
@@ -138,7 +140,7 @@ class Evaluation:
         if way is None or not all(self._only_moves(each, source, way) for each in way):
             return False
         for batch, dtype in ((2, torch.float64), (3, torch.bfloat16), (1, torch.float32)):
-            x = torch.arange(batch * torch.Size(shape).numel()).to(dtype).reshape(batch, *shape)
+            x = torch.arange(batch * torch.Size(shape).numel(), device="cpu").to(dtype).reshape(batch, *shape)
             found = self.run(way, {source: x, **self.some(maps, way, batch, dtype)})
             if not isinstance(found, Tensor) or found.dtype != dtype or found.shape[:1] != (batch,):
                 return False

@@ -1,4 +1,4 @@
-"""Random straight-line programs over feature maps, gates, views and changes in place, as somebody may write by hand. A row more is a step more."""
+"""Straight-line programs over feature maps, gates, views and changes in place, as people write by hand. A row is a step."""
 
 from __future__ import annotations
 
