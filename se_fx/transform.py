@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
-from se_fx.capture import capture, check_seed, check_whole, drawing_from, kept_on_failure
+from se_fx.capture import capture, check_seed, check_whole, collector_paused, drawing_from, kept_on_failure
 from se_fx.cost import NO_COST, Measurement, activation_bytes, measure
 from se_fx.criteria import Where
 from se_fx.errors import SqueezeExciteError
@@ -112,15 +112,16 @@ def transform(
     )
     _check_alone(plan, options)
     check_seed(seed)
-    captured = capture(model)
-    choice = choose(captured, options) if plan is None else fit(captured, plan)
-    with kept_on_failure(model):
-        with drawing_from(seed) as made_on:
-            insertions = choice.insertions(made_on)
-        rewritten = insert(captured, insertions)
-        give_plan(rewritten, choice.after)
-        if example_inputs is not None:
-            give_plan(rewritten, _costed(rewritten, example_inputs)[0])
+    with collector_paused():
+        captured = capture(model)
+        choice = choose(captured, options) if plan is None else fit(captured, plan)
+        with kept_on_failure(model):
+            with drawing_from(seed) as made_on:
+                insertions = choice.insertions(made_on)
+            rewritten = insert(captured, insertions)
+            give_plan(rewritten, choice.after)
+            if example_inputs is not None:
+                give_plan(rewritten, _costed(rewritten, example_inputs)[0])
     return rewritten
 
 

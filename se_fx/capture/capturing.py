@@ -91,6 +91,11 @@ def capture(model: nn.Module, *, finely: bool = False) -> Capture:
         SqueezeExciteError: `model` is not an `nn.Module`, or is wrapped, compiled, scripted or not initialised yet.
     """
     check_plain(model)
+    with collector_paused():
+        return _captured(model, finely)
+
+
+def _captured(model: nn.Module, finely: bool) -> Capture:
     scratch = clone(model)
     closed = closed_parts(scratch)
     shut = {part for name in closed for part in scratch.get_submodule(name).modules()}
@@ -123,7 +128,7 @@ def capture(model: nn.Module, *, finely: bool = False) -> Capture:
         for name in tracing.opaque:
             visit(module.get_submodule(name))
 
-    with _tracing_lock, collector_paused():
+    with _tracing_lock:
         randomness = random_state()
         try:
             visit(scratch)

@@ -102,7 +102,7 @@ def asking(tracer: Asked, entered: set[nn.Module]) -> Iterator[None]:
         (builtins, "hasattr", answers.hasattr),
         (builtins, "callable", answers.callable),
         (builtins, "issubclass", answers.issubclass),
-        (builtins, "isinstance", answers.isinstance),
+        (builtins, "isinstance", _is_instance),
     ]
     originals = [(where, name, getattr(where, name)) for where, name, _ in exchanged]
     places = _globals(entered)
@@ -124,9 +124,6 @@ class _Answers:
 
     def __init__(self, tracer: Asked) -> None:
         self.tracer = tracer
-
-    def isinstance(self, value: Any, kinds: Any, /) -> bool:
-        return _is_of(value, kinds) if _is_asked(value) else _isinstance(value, kinds)
 
     def callable(self, value: Any, /) -> bool:
         return _is_of(value, Callable) if _is_asked(value) else _callable(value)
@@ -154,6 +151,13 @@ class _Answers:
             return original(*args, **kwargs)
 
         return ask
+
+
+def _is_instance(value: Any, kinds: Any, /, traced: Any = TRACED, plainly: Any = isinstance, type: Any = type) -> bool:
+    """In few steps, since all code asks: some ten thousand times in a trace."""
+    if type(value) not in traced or from_torch(sys._getframe(1)):
+        return plainly(value, kinds)  # type: ignore[no-any-return]
+    return _is_of(value, kinds)
 
 
 def _is_asked(value: Any) -> bool:

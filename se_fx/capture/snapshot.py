@@ -39,6 +39,11 @@ class Snapshot:
             key: [(container, _items(container)) for container in _containers(module.__dict__, seen, modules)]
             for key, module in modules.items()
         }
+        # Most are empty, as those of hooks are, and are looked at together.
+        empty = {key: [container for container, items in held if not items] for key, held in self.held.items()}
+        self.empty = {key: [each for each in held if type(each) not in _GENERATORS] for key, held in empty.items()}
+        for key, held in self.held.items():
+            self.held[key] = [each for each in held if each[1] or type(each[0]) in _GENERATORS]
         kinds = {kind for module in modules.values() for kind in type(module).__mro__}
         self.classes = [(kind, dict(vars(kind))) for kind in kinds if kind.__module__.partition(".")[0] not in _NOT_USERS]
         self.modes = [(held[0], modules[key].training) for key, held in self.held.items() if held]
@@ -53,13 +58,19 @@ class Snapshot:
     def changed(self, module: nn.Module | None = None) -> bool:
         """Whether any of it has changed, or any that `module` holds, which is one of those within."""
         if module is None:
-            held: Any = self.held.values()
-            return any(map(self._differs, held)) or any(not _same(dict(vars(kind)), items) for kind, items in self.classes)
-        parts = (module,) if not module._modules else module.modules()
-        return any(self._differs(self.held.get(id(part), ())) for part in parts)
+            if any(map(any, self.empty.values())) or any(map(self._differs, self.held.values())):
+                return True
+            return any(not _same(dict(vars(kind)), items) for kind, items in self.classes)
+        if not module._modules:  # at once, since most are
+            return any(self.empty.get(id(module), ())) or self._differs(self.held.get(id(module), ()))
+        return any(any(self.empty.get(id(m), ())) or self._differs(self.held.get(id(m), ())) for m in module.modules())
 
     def restore(self) -> None:
         """Set all back, but for the mode, and for the tensors that `fx.Tracer` has given the root."""
+        for key, empty in self.empty.items():
+            for container in filter(None, empty):
+                self.written.add(key)
+                container.clear()
         for key, (container, items) in ((key, each) for key, held in self.held.items() for each in held):
             if not _same(container, items):
                 if self._differs([(container, items)]):
@@ -110,12 +121,12 @@ def _containers(root: Any, seen: set[int], modules: Mapping[int, nn.Module]) -> 
         kind = type(value)
         if kind in _ATOMS or id(value) in seen or id(value) in modules:
             continue
-        if isinstance(value, (Tensor, type, types.FunctionType, torch.jit.ScriptModule)):
+        if kind not in _DICTS and isinstance(value, (Tensor, type, types.FunctionType, torch.jit.ScriptModule)):
             continue
         seen.add(id(value))
         if kind in _GENERATORS:
             yield value
-        elif isinstance(value, (dict, list, set, collections.deque)):
+        elif kind in _DICTS or isinstance(value, (dict, list, set, collections.deque)):
             yield value
             stack += value.values() if isinstance(value, dict) else value
         elif isinstance(value, tuple):
@@ -130,7 +141,8 @@ def _containers(root: Any, seen: set[int], modules: Mapping[int, nn.Module]) -> 
             stack.append(value.__dict__)
 
 
-_ATOMS = frozenset({bool, int, float, complex, str, bytes, type(None)})
+_ATOMS = frozenset({bool, int, float, complex, str, bytes, type(None), Tensor, nn.Parameter})
+_DICTS = frozenset({dict, collections.OrderedDict})
 _NOT_USERS = sys.stdlib_module_names | {"torch", "numpy"}
 
 
