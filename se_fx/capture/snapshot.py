@@ -128,7 +128,7 @@ def _containers(root: Any, seen: set[int], modules: Mapping[int, nn.Module]) -> 
             yield value
         elif kind in _DICTS or isinstance(value, (dict, list, set, collections.deque)):
             yield value
-            stack += value.values() if isinstance(value, dict) else value
+            stack += [each for each in (value.values() if isinstance(value, dict) else value) if type(each) not in _ATOMS]
         elif isinstance(value, tuple):
             stack += value
         elif isinstance(value, types.MethodType):

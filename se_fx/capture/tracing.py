@@ -107,7 +107,7 @@ class Tracing:
         return graph
 
     def _leave_alone_what_is_written(self) -> None:
-        for name, child in self.module.named_modules():
+        for name, child in self.module.named_modules() if self.snapshot.written else ():
             if id(child) in self.snapshot.written and child is not self.module and child in self.entered:
                 self.opaque.setdefault(name, _WRITTEN)
 

@@ -24,7 +24,6 @@ from se_fx.planning.making import a_parameter, new_block
 from se_fx.planning.options import Options
 from se_fx.planning.plan import Callables, Plan, plan_within
 from se_fx.planning.site import Site, Skip, parameters_only
-from se_fx.regions import hooked
 
 __all__ = ["Choice", "choose", "fit"]
 
@@ -262,7 +261,7 @@ def _why_not(name: str, module: nn.Conv2d, attention: set[str], taken: set[str],
         return excluded[name]
     if "squeeze_excite" in module._modules:
         return "has a child of its own called squeeze_excite"
-    if (type(module).forward is not nn.Conv2d.forward or hooked(module)) and not _returns_a_feature_map(module):
+    if type(module).forward is not nn.Conv2d.forward and not _returns_a_feature_map(module):
         return "returns something else than a tensor (N, C, H, W)"
     return None
 

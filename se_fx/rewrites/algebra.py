@@ -26,11 +26,9 @@ __all__ = ["Algebra"]
 class Algebra:
     """What the nodes of one graph compute, in eval mode. Stays right while rewrites edit the graph.
 
-    Args:
-        module: whose graph it is.
-        exported: whether the result is for engines that have their own products and sums, and want PyTorch's plain layers.
-
     Attributes:
+        module: the graph module.
+        exported: whether the result is for engines that have their own products and sums, and want PyTorch's plain layers.
         maps: channels of the feature maps that have more than one position.
         vectors: the shape behind the batch of what holds a vector for each sample.
         effects: what running the nodes does, besides.
