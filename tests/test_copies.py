@@ -58,7 +58,8 @@ def hybrid() -> nn.Module:
 
 def weights(model: nn.Module) -> dict[str, Tensor]:
     """The blocks' parameters and buffers, by key."""
-    return {key: value for key, value in model.state_dict().items() if "squeeze_excite" in key.split(".")}
+    blocks = {key: value for key, value in model.state_dict().items() if "squeeze_excite" in key.split(".")}
+    return {key: value for key, value in blocks.items() if not key.endswith("._extra_state")}
 
 
 def rewriting(placement: str, init: str) -> Callable[[nn.Module], nn.Module]:

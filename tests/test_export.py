@@ -79,7 +79,7 @@ def test_torch_export_with_any_batch(kind: str, way: str) -> None:
     original = KINDS[kind]().eval()
     model = WAYS[way](original)
     program = export(model)
-    assert set(program.state_dict) == set(model.state_dict())
+    assert set(program.state_dict) == {key for key in model.state_dict() if not key.endswith("._extra_state")}
     file = io.BytesIO()
     torch.export.save(program, file)
     file.seek(0)

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor, fx, nn
 
 from se_fx.rewrites.algebra import Algebra
-from se_fx.rewrites.products import VectorLinear
+from se_fx.rewrites.products import VectorLinear, in_type_of
 from se_fx.rewrites.terms import Affine, with_parameters
 
 __all__ = ["insert", "insert_buffer", "insert_call", "multiply", "promoted", "replace", "sweep"]
@@ -63,7 +62,7 @@ def insert_buffer(algebra: Algebra, near: fx.Node, suffix: str, value: Tensor) -
 
 def promoted(algebra: Algebra, value: fx.Node, *operands: fx.Node) -> fx.Node:
     """`value` in the type that these two would give: their own, except under autocast."""
-    return insert(algebra, value, "to", value, insert(algebra, value, torch.result_type, *operands))
+    return insert(algebra, value, in_type_of, value, *operands)
 
 
 def _place_of(node: fx.Node) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["VectorLinear", "few", "scaled"]
+__all__ = ["VectorLinear", "few", "in_type_of", "scaled"]
 
 
 def scaled(value: Tensor, gate: Tensor) -> Tensor:
@@ -20,6 +20,13 @@ def scaled(value: Tensor, gate: Tensor) -> Tensor:
     if value.dtype != gate.dtype or value.ndim != gate.ndim:
         return value * gate
     return value.mul_(gate)
+
+
+def in_type_of(value: Tensor, first: Tensor, second: Tensor) -> Tensor:
+    """A value in the type of a sum or product of two others, which have dimensions. Compilers know it beforehand."""
+    if torch.overrides.has_torch_function_variadic(value, first, second):
+        return value.to(torch.result_type(first, second))
+    return value.to(torch.promote_types(first.dtype, second.dtype))
 
 
 class VectorLinear(nn.Module):
