@@ -207,6 +207,12 @@ class Algebra:
             if scale is not None:
                 yield scale
 
+    def can_be_left_out(self, scale: Scale, reader: fx.Node) -> bool:
+        """Whether a product needs not be computed once its only reader does without: in place, nobody else may see that."""
+        if not self.effects.of(scale.node).writes:
+            return True
+        return list(scale.node.users) == [reader] and self.effects.is_forgotten(scale.value, scale.node)
+
     def _operands(self, node: fx.Node) -> tuple[Any, ...]:
         """Both operands of a plain product or sum."""
         given = self.given(node) if node.target in ADDS | PRODUCTS else {}

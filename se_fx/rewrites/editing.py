@@ -11,7 +11,7 @@ from se_fx.rewrites.algebra import Algebra
 from se_fx.rewrites.products import VectorLinear, in_type_of
 from se_fx.rewrites.terms import Affine, with_parameters
 
-__all__ = ["insert", "insert_buffer", "insert_call", "multiply", "promoted", "replace", "sweep"]
+__all__ = ["drop", "insert", "insert_buffer", "insert_call", "multiply", "promoted", "replace", "sweep"]
 
 
 def multiply(algebra: Algebra, old: fx.Node, vector: fx.Node, affine: Affine) -> nn.Module:
@@ -92,11 +92,17 @@ def replace(algebra: Algebra, old: fx.Node, new: fx.Node) -> None:
     sweep(algebra, old)
 
 
+def drop(algebra: Algebra, node: fx.Node) -> None:
+    """Erase a node that nobody reads, whatever it writes: its caller has seen to it that nobody else sees that."""
+    if not node.users and not node._erased:
+        sources = node.all_input_nodes
+        algebra.graph.erase_node(node)
+        for source in sources:
+            sweep(algebra, source)
+
+
 def sweep(algebra: Algebra, node: fx.Node) -> None:
     """Erase a node that nobody reads, and then those it read, where that is all they do."""
     if node.users or node._erased or node.op == "placeholder" or not algebra.effects.is_idle(node):
         return
-    sources = node.all_input_nodes
-    algebra.graph.erase_node(node)
-    for source in sources:
-        sweep(algebra, source)
+    drop(algebra, node)

@@ -27,6 +27,10 @@ KINDS = {
         [("wider", 0, 0), ("gate", 0, 0), ("narrow changed", 0, 0), ("scaled", 0, 0)],
     ],
     "effects erased": [
+        [("scaled in place", 0, 0), ("another norm", 0, 0), ("added in place", 0, 0), ("expanded", 1, 0)],
+        [("scaled by operator", 0, 0), ("norm", 0, 0), ("relu", 0, 0), ("relu", 0, 0)],
+        [("conv", 0, 0), ("scaled in place", 0, 0), ("scaled and added", 3, 1), ("relu", 0, 0), ("relu", 0, 0), ("relu", 0, 0)],
+        [("conv", 0, 0), ("scaled in place", 0, 0), ("added", 0, 2), ("relu", 0, 0), ("relu", 0, 0), ("relu", 0, 0)],
         [("scaled in place", 0, 0), ("norm", 0, 0), ("added", 0, 2)],
         [("scaled by operator", 0, 0), ("added", 0, 1)],
         [("gate squashed", 0, 0), ("scaled", 0, 0), ("norm", 0, 0)],

@@ -12,7 +12,7 @@ from torch import Tensor, fx
 
 from se_fx.rewrites.algebra import Algebra
 from se_fx.rewrites.change import Change, place_of
-from se_fx.rewrites.editing import insert, insert_buffer, replace
+from se_fx.rewrites.editing import drop, insert, insert_buffer, replace
 from se_fx.rewrites.terms import Affine, Scale
 
 __all__ = ["constant_gates"]
@@ -35,12 +35,14 @@ def constant_gates(algebra: Algebra) -> Iterator[Change]:
         is_one = bool((factor == 1).all())
         if is_one and algebra.effects.is_forgotten(scale.value, scale.node):
             replace(algebra, scale.node, scale.value)
+            drop(algebra, scale.node)
         else:
             with algebra.graph.inserting_before(scale.node):
                 buffer = insert_buffer(algebra, scale.node, "factor", factor)
                 adapted = insert(algebra, scale.node, "type_as", buffer, scale.value)
                 new = insert(algebra, scale.node, torch.mul, scale.value, adapted)
             replace(algebra, scale.node, new)
+            drop(algebra, scale.node)
         yield Change(place, True, "is 1 for every input" if is_one else "is the same for every input")
 
 

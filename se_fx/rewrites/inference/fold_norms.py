@@ -15,7 +15,7 @@ from torch import fx, nn
 from se_fx.regions import clone
 from se_fx.rewrites.algebra import Algebra
 from se_fx.rewrites.change import Change, place_of
-from se_fx.rewrites.editing import insert, insert_buffer, insert_call, promoted, replace, sweep
+from se_fx.rewrites.editing import drop, insert, insert_buffer, insert_call, promoted, replace
 from se_fx.rewrites.terms import Affine, Scale, with_parameters
 
 __all__ = ["fold_norms"]
@@ -62,7 +62,7 @@ def _into_gate(algebra: Algebra, scale: Scale, norm: Affine, node: fx.Node) -> C
     place, effects = place_of(node), algebra.effects
     if any(effects.may_change(each, scale.node, node) for each in (scale.value, scale.gate)):
         return Change(place, False, f"what {place_of(scale.node)} reads is changed before")
-    if effects.of(scale.node).writes and not effects.is_forgotten(scale.value, scale.node):
+    if not algebra.can_be_left_out(scale, node):
         return Change(place, False, f"others read {place_of(scale.value)}, scaled in place")
     with algebra.graph.inserting_before(node):
         factor, summand = (
@@ -78,5 +78,5 @@ def _into_gate(algebra: Algebra, scale: Scale, norm: Affine, node: fx.Node) -> C
             new = insert(algebra, node, torch.addcmul, shift, scale.value, gate)
     algebra.vectors[gate] = algebra.vectors[scale.gate]
     replace(algebra, node, new)
-    sweep(algebra, scale.node)
+    drop(algebra, scale.node)
     return Change(place, True, f"its scale into the gate of {place_of(scale.value)}")

@@ -12,7 +12,7 @@ from torch import fx
 
 from se_fx.rewrites.algebra import Algebra
 from se_fx.rewrites.change import Change, place_of
-from se_fx.rewrites.editing import insert, promoted, replace, sweep
+from se_fx.rewrites.editing import drop, insert, promoted, replace
 from se_fx.rewrites.products import scaled
 from se_fx.rewrites.terms import Scale
 
@@ -47,7 +47,7 @@ def _adds(algebra: Algebra, reader: fx.Node, scale: Scale) -> bool:
         return False
     if any(not effects.is_forgotten(each, reader) for each in effects.of(reader).writes):
         return False
-    return not effects.of(scale.node).writes or effects.is_forgotten(scale.value, scale.node)
+    return algebra.can_be_left_out(scale, reader)
 
 
 def _fuse(algebra: Algebra, reader: fx.Node, scale: Scale) -> None:
@@ -61,4 +61,4 @@ def _fuse(algebra: Algebra, reader: fx.Node, scale: Scale) -> None:
         elif summand in written:
             new = insert(algebra, reader, "type_as", new, summand)
     replace(algebra, reader, new)
-    sweep(algebra, scale.node)
+    drop(algebra, scale.node)
