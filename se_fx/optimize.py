@@ -217,8 +217,7 @@ def _bring(module: nn.Module, region: fx.GraphModule, node: fx.Node) -> None:
 
 def _prune(root: GraphRegion) -> None:
     """Take out the modules and tensors that the eval graph doesn't use, whatever names they have."""
-    calls = [root.get_submodule(str(node.target)) for node in root.graph.nodes if node.op == "call_module"]
-    used = {part for module in calls for part in module.modules()}
+    used = _used(root)
     paths = [str(node.target).rpartition(".") for node in root.graph.nodes if node.op == "get_attr"]
     read = {(root.get_submodule(path), name) for path, _, name in paths}
     for module in list(root.modules())[::-1]:  # children before parents
@@ -233,12 +232,17 @@ def _prune(root: GraphRegion) -> None:
                         setattr(module, name, nn.Identity())
 
 
+def _used(root: GraphRegion) -> set[nn.Module]:
+    """The modules that the eval graph calls, and those within them."""
+    calls = [root.get_submodule(str(node.target)) for node in root.graph.nodes if node.op == "call_module"]
+    return {part for module in calls for part in module.modules()}
+
+
 def _bare(root: GraphRegion) -> None:
     """Take the code of modules that the graph enters and doesn't call, so that nobody compiles it."""
-    called = [root.get_submodule(str(node.target)) for node in root.graph.nodes if node.op == "call_module"]
-    kept = {part for module in called for part in module.modules()}
+    used = _used(root)
     for path, module in list(root.named_modules())[::-1]:
-        if path and module not in kept:
+        if path and module not in used:
             bare = nn.Module()
             for name in ("_modules", "_parameters", "_buffers", "training"):
                 bare.__dict__[name] = module.__dict__[name]

@@ -7,13 +7,14 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
+from torch.func import functional_call
 from torch.utils._pytree import tree_leaves
 
 from se_fx.analysis.dataflow import Modules, called
 from se_fx.regions import hooked
 
-__all__ = ["arguments", "is_plain", "runs_pytorch"]
+__all__ = ["arguments", "holds_hooks_or_convs", "is_plain", "on_meta", "runs_pytorch"]
 
 
 def arguments(node: fx.Node, modules: Modules) -> dict[str, Any] | None:
@@ -108,3 +109,16 @@ def _is_pytorchs(function: Callable[..., Any] | str | None) -> bool:
         return False  # such as the `apply` of a class of somebody's
     home = getattr(function, "__module__", None) or getattr(getattr(function, "__objclass__", None), "__module__", "")
     return str(home).split(".")[0] in ("torch", "_operator", "builtins", "math", "se_fx", "_C")
+
+
+# ------------------------------------------------------------------------------------------------- calls on meta tensors
+def holds_hooks_or_convs(module: nn.Module) -> bool:
+    """Whether to run a module, which may be a conv itself, would run hooks, or take time."""
+    itself, *parts = module.modules()
+    return any(map(hooked, (itself, *parts))) or any(isinstance(part, nn.Conv2d) for part in parts)
+
+
+def on_meta(module: nn.Module) -> tuple[Callable[..., Any], list[Tensor]]:
+    """A function that calls a module on meta tensors in the place of its own, and these."""
+    tensors = {name: t.to("meta") for name, t in (*module.named_parameters(), *module.named_buffers())}
+    return lambda *args, **kwargs: functional_call(module, tensors, args, kwargs), list(tensors.values())

@@ -11,11 +11,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
-from torch.func import functional_call
 from torch.utils._pytree import tree_leaves
 
+from se_fx.analysis.calls import holds_hooks_or_convs, on_meta
 from se_fx.capture import random_state, set_random_state
-from se_fx.regions import hooked
 
 __all__ = ["UNKNOWN", "Values", "channels"]
 
@@ -144,10 +143,10 @@ class _Shapes(fx.Interpreter):
         args, kwargs = self._known(args, kwargs)
         if type(module) in _KEEP and "forward" not in module.__dict__:
             return source
-        if any(map(hooked, module.modules())) or any(isinstance(part, nn.Conv2d) for part in module.modules()):
+        if holds_hooks_or_convs(module):
             raise _Unknown
-        tensors = {name: t.to("meta") for name, t in (*module.named_parameters(), *module.named_buffers())}
-        return functional_call(module, tensors, args, kwargs)
+        call, _ = on_meta(module)
+        return call(*args, **kwargs)
 
     def _known(self, args: Any, kwargs: Any) -> tuple[Any, Any]:
         if any(leaf is UNKNOWN for leaf in tree_leaves((args, kwargs))):

@@ -16,11 +16,10 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 
-from se_fx.analysis.calls import runs_pytorch
+from se_fx.analysis.calls import holds_hooks_or_convs, runs_pytorch
 from se_fx.analysis.channels import Values
 from se_fx.analysis.dataflow import Modules, called
 from se_fx.analysis.probing import observe
-from se_fx.regions import hooked
 
 __all__ = ["Effect", "Effects"]
 
@@ -84,7 +83,7 @@ class Effects:
         known = runs_pytorch(node, self._modules)
         if known and _allocates(module):
             return Effect(nothing, nothing, escapes=False, remembers=False, known=True, reads=frozenset(inputs))
-        may_run = known or module is None or not _holds_hooks_or_convs(module)
+        may_run = known or module is None or not holds_hooks_or_convs(module)
         seen = observe(node, self._root, {source: self._values.of(source) for source in inputs}) if may_run else None
         everything = frozenset(inputs)
         if seen is None or not known:
@@ -161,12 +160,6 @@ class Effects:
         """Whether nothing is lost with a node that nobody reads: it only computes, or changes what nobody reads any more."""
         effect = self.of(node)
         return effect.known and not effect.remembers and all(self.is_forgotten(value, node) for value in effect.writes)
-
-
-def _holds_hooks_or_convs(module: nn.Module) -> bool:
-    """Whether to run a module would run hooks, or take time."""
-    itself, *parts = module.modules()
-    return any(map(hooked, (itself, *parts))) or any(isinstance(part, nn.Conv2d) for part in parts)
 
 
 def _allocates(module: nn.Module | None) -> bool:

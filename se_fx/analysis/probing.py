@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.func import functional_call
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from se_fx.analysis.calls import on_meta
 from se_fx.analysis.channels import UNKNOWN
 from se_fx.capture import random_state, set_random_state
 
@@ -150,9 +150,7 @@ def _called(node: fx.Node, root: nn.Module) -> tuple[Callable[..., Any], list[Te
         return node.target, []  # type: ignore[return-value]
     if node.op == "call_method":
         return lambda value, *args, **kwargs: getattr(value, str(node.target))(*args, **kwargs), []
-    module = root.get_submodule(str(node.target))
-    tensors = {name: t.to("meta") for name, t in (*module.named_parameters(), *module.named_buffers())}
-    return lambda *args, **kwargs: functional_call(module, tensors, args, kwargs), list(tensors.values())
+    return on_meta(root.get_submodule(str(node.target)))
 
 
 def _storages(value: Any) -> Iterator[int]:

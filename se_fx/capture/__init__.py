@@ -5,7 +5,7 @@ region, down to a lone Conv2d. Knows nothing of Squeeze-and-Excitation.
 """
 
 from se_fx.capture.capturing import Capture, Region, capture, collector_paused, is_foreign
-from se_fx.capture.plain import check_whole
+from se_fx.capture.plain import check_whole, is_conv
 from se_fx.capture.randomness import check_seed, drawing_from, kept_on_failure, random_state, set_random_state
 from se_fx.capture.tracer import TRACED_HOOKS, has_traced_hooks
 
@@ -19,6 +19,7 @@ __all__ = [
     "collector_paused",
     "drawing_from",
     "has_traced_hooks",
+    "is_conv",
     "is_foreign",
     "kept_on_failure",
     "random_state",

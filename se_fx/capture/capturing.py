@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, fx, nn
 
-from se_fx.capture.plain import check_plain, closed_parts
+from se_fx.capture.plain import check_plain, closed_parts, is_conv
 from se_fx.capture.randomness import random_state, set_random_state
 from se_fx.capture.tracing import Tracing, Untraceable
 from se_fx.regions import Inserted, clone
@@ -141,9 +141,7 @@ def _captured(model: nn.Module, finely: bool) -> Capture:
             set_random_state(randomness)
     _share(regions, scratch)
     order = {name: position for position, name in enumerate(names.values())}
-    return Capture(
-        model, tuple(sorted(regions, key=lambda region: order[region.path])), opaque, frozenset(_with_convs(closed, scratch))
-    )
+    return Capture(model, tuple(sorted(regions, key=lambda region: order[region.path])), opaque, frozenset(holding))
 
 
 def _share(regions: list[Region], scratch: nn.Module) -> None:
@@ -197,11 +195,7 @@ def _entered(model: nn.Module, shut: set[nn.Module], finely: bool) -> set[nn.Mod
 
 
 def _with_convs(closed: dict[str, str], model: nn.Module) -> dict[str, str]:
-    """Those closed parts that hold Conv2d layers, scripted ones too."""
-
-    def is_conv(part: nn.Module) -> bool:
-        return isinstance(part, nn.Conv2d) or getattr(part, "original_name", "") == "Conv2d"
-
+    """Those closed parts that hold Conv2d layers."""
     return {name: reason for name, reason in closed.items() if any(map(is_conv, model.get_submodule(name).modules()))}
 
 

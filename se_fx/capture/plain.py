@@ -7,7 +7,7 @@ from torch import nn
 
 from se_fx.errors import SqueezeExciteError
 
-__all__ = ["check_plain", "check_whole", "closed_parts"]
+__all__ = ["check_plain", "check_whole", "closed_parts", "is_conv"]
 
 _WRAPPERS = {"DistributedDataParallel", "DataParallel", "FullyShardedDataParallel", "FSDPModule", "DDP"}
 
@@ -65,6 +65,11 @@ def closed_parts(model: nn.Module) -> dict[str, str]:
         elif isinstance(module, torch.jit.ScriptModule):
             closed[name] = "is TorchScript"
     return closed
+
+
+def is_conv(module: nn.Module) -> bool:
+    """Whether a module is a Conv2d layer, scripted or not."""
+    return isinstance(module, nn.Conv2d) or getattr(module, "original_name", "") == "Conv2d"
 
 
 def _is_compiled(module: nn.Module) -> bool:

@@ -35,15 +35,14 @@ class Snapshot:
         # What is scripted keeps its state elsewhere, and is not the clone's own.
         modules = {id(module): module for module in root.modules() if not isinstance(module, torch.jit.ScriptModule)}
         seen: set[int] = set()
-        self.held = {
-            key: [(container, _items(container)) for container in _containers(module.__dict__, seen, modules)]
-            for key, module in modules.items()
-        }
-        # Most are empty, as those of hooks are, and are looked at together.
-        empty = {key: [container for container, items in held if not items] for key, held in self.held.items()}
-        self.empty = {key: [each for each in held if type(each) not in _GENERATORS] for key, held in empty.items()}
-        for key, held in self.held.items():
-            self.held[key] = [each for each in held if each[1] or type(each[0]) in _GENERATORS]
+        self.held: dict[int, list[tuple[Any, Any]]] = {key: [] for key in modules}
+        self.empty: dict[int, list[Any]] = {key: [] for key in modules}  # most are, as those of hooks, and looked at together
+        for key, module in modules.items():
+            for container in _containers(module.__dict__, seen, modules):
+                if items := _items(container):
+                    self.held[key].append((container, items))
+                else:
+                    self.empty[key].append(container)
         kinds = {kind for module in modules.values() for kind in type(module).__mro__}
         self.classes = [(kind, dict(vars(kind))) for kind in kinds if kind.__module__.partition(".")[0] not in _NOT_USERS]
         self.modes = [(held[0], modules[key].training) for key, held in self.held.items() if held]
@@ -58,12 +57,12 @@ class Snapshot:
     def changed(self, module: nn.Module | None = None) -> bool:
         """Whether any of it has changed, or any that `module` holds, which is one of those within."""
         if module is None:
-            if any(map(any, self.empty.values())) or any(map(self._differs, self.held.values())):
-                return True
-            return any(not _same(dict(vars(kind)), items) for kind, items in self.classes)
-        if not module._modules:  # at once, since most are
-            return any(self.empty.get(id(module), ())) or self._differs(self.held.get(id(module), ()))
-        return any(any(self.empty.get(id(m), ())) or self._differs(self.held.get(id(m), ())) for m in module.modules())
+            return any(map(self._has_changed, self.held)) or any(not _same(dict(vars(k)), items) for k, items in self.classes)
+        within = [module] if not module._modules else module.modules()
+        return any(self._has_changed(id(part)) for part in within if id(part) in self.held)
+
+    def _has_changed(self, key: int) -> bool:
+        return any(self.empty[key]) or self._differs(self.held[key])
 
     def restore(self) -> None:
         """Set all back, but for the mode, and for the tensors that `fx.Tracer` has given the root."""
@@ -178,8 +177,6 @@ def _refill(container: Any, items: Any) -> None:
 def _same(container: Any, items: Any) -> bool:
     """Whether a container still holds the same objects, in the same order."""
     if isinstance(container, dict):
-        if not container or not items:  # as are most, of hooks
-            return not container and not items
         return (
             len(container) == len(items)
             and all(map(operator.is_, container.values(), items.values()))

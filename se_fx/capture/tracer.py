@@ -84,7 +84,7 @@ class Tracer(fx.Tracer):
             if self.snapshot is not None and self.snapshot.changed(m):
                 raise self.refuse(WRITES)
             output = super().call_module(m, forward, args, kwargs)
-            through = any(child in self.entered for child in m.children()) and has_traced_hooks(m)
+            through = has_traced_hooks(m) and any(child in self.entered for child in m.children())
             for hook in m._forward_hooks.values() if through else ():
                 output = hook(m, args, output)
             return output

@@ -1,7 +1,7 @@
-"""Values: what code being traced sees in place of tensors, and what it is told when it asks about them.
+"""Values: what code being traced sees in place of tensors, and what it may not do while it is traced.
 
-A question that a graph would answer once and for all (a value's class, a grad mode) is answered where the answer is certain;
-everywhere else it raises, and the module whose code asked is left alone.
+What a graph can't hold raises (a value in a set, an attribute that is set, checkpointed activations), and the module whose code
+did it is left alone.
 """
 
 from __future__ import annotations

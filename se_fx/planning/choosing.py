@@ -12,7 +12,7 @@ from torch import nn
 
 from se_fx.analysis import attention_convs
 from se_fx.blocks import latent_width
-from se_fx.capture import Capture, drawing_from
+from se_fx.capture import Capture, drawing_from, is_conv
 from se_fx.cost import Cost, measure
 from se_fx.criteria import CRITERIA, Candidate
 from se_fx.errors import SqueezeExciteError, blaming, shown
@@ -223,7 +223,7 @@ def _closed_convs(capture: Capture) -> Iterator[Skip]:
     """The Conv2d layers in compiled and scripted parts, as far as they can be seen."""
     for name, module in capture.model.named_modules():
         part = capture.within_closed(name)
-        if part is not None and (isinstance(module, nn.Conv2d) or getattr(module, "original_name", "") == "Conv2d"):
+        if part is not None and is_conv(module):
             reason = capture.opaque[part]
             yield Skip(name, int(module.out_channels), reason if name == part else f"is in {part!r}, which {reason}")
 

@@ -75,11 +75,7 @@ class Algebra:
         """Whether a module runs PyTorch's code on tensors that are real, and that the graph doesn't change."""
         tensors = [*module._parameters.values(), *module._buffers.values()]
         real = all(tensor is None or not tensor.is_complex() for tensor in tensors)
-        return is_plain(module) and real and not any(t is not None and self.is_changed(t) for t in tensors)
-
-    def is_changed(self, tensor: Tensor) -> bool:
-        """Whether the graph may write to a tensor of the module's."""
-        return self.evaluation.is_changed(tensor)
+        return is_plain(module) and real and not any(t is not None and self.evaluation.is_changed(t) for t in tensors)
 
     def normalization(self, node: fx.Node) -> Affine | None:
         """What maps each channel by itself, by constants: a norm with fixed statistics, a constant factor or summand."""
@@ -122,8 +118,9 @@ class Algebra:
             width, dtype, constant = self.maps[value], self.dtype(node), self.constant(other.args[0] if is_adapted else other)
             if constant is None or not constant.is_floating_point() or dtype is None or dtype != self.dtype(value):
                 continue
-            shapes = [(1, 1), (width, 1, 1), (1, 1, 1)] + [(1, width, 1, 1), (1, 1, 1, 1)] * self._is_batched(value)
-            if tuple(constant.shape) not in shapes[1:]:
+            shape = tuple(constant.shape)
+            of_channels = shape in ((width, 1, 1), (1, 1, 1))
+            if not of_channels and not (shape in ((1, width, 1, 1), (1, 1, 1, 1)) and self._is_batched(value)):
                 continue
             each = exact(constant).flatten().expand(width)
             weight, bias = (each, torch.zeros_like(each)) if node.target in PRODUCTS else (torch.ones_like(each), each)
