@@ -155,7 +155,7 @@ class Evaluation:
     def some(self, maps: Mapping[fx.Node, int], way: list[fx.Node], batch: int, dtype: torch.dtype) -> dict[fx.Node, Tensor]:
         """Feature maps of so many samples, of which a way asks for the sizes and types."""
         asked = {source for node in way for source in node.all_input_nodes if source in maps}
-        return {source: torch.zeros(batch, maps[source], 2, 3, dtype=dtype) for source in asked}
+        return {source: torch.zeros(batch, maps[source], 2, 3, dtype=dtype, device="cpu") for source in asked}
 
 
 _aten = torch.ops.aten

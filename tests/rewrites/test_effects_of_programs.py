@@ -14,6 +14,7 @@ from test_random_programs import check
 from torch import Tensor, nn
 
 import se_fx
+from se_fx.rewrites import REWRITES
 from se_fx.rewrites.evaluation import Evaluation
 
 KINDS = {
@@ -196,6 +197,29 @@ def test_models_without_values(norm_first: bool) -> None:
     with torch.device("meta"):
         model = Net(norm_first).eval()
         assert se_fx.optimize_for_inference(model)(torch.empty(2, 3, 8, 6)).shape == (2, WIDE, 6, 4)
+
+
+class Sized(nn.Module):
+    """A gate that asks for the size, the type and the place of its map."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc1, self.fc2 = nn.Linear(WIDE, 4), nn.Linear(4, WIDE)
+
+    def forward(self, x: Tensor) -> Tensor:
+        squeezed = x.mean((2, 3)).type_as(x).view(x.size(0), WIDE)
+        return x * torch.sigmoid(self.fc2(F.relu(self.fc1(squeezed)))).view(x.size(0), WIDE, 1, 1)
+
+
+def test_the_default_device_decides_nothing() -> None:
+    model = settled(Net(block=Sized()))
+    usual = se_fx.optimize_for_inference(model)
+    with torch.device("meta"):
+        elsewhere = se_fx.optimize_for_inference(model)
+    assert outcomes(usual, "hoist_squeezes") == [True]
+    for rewrite in REWRITES:
+        assert outcomes(elsewhere, rewrite) == outcomes(usual, rewrite)
+    assert_same(elsewhere(x := torch.randn(2, 3, 6, 5, dtype=torch.float64)), model(x))
 
 
 @pytest.mark.parametrize("norm_first", [True, False])
