@@ -49,7 +49,7 @@ def test_sync_batchnorm_reaches_every_norm_and_keeps_the_blocks(name: str) -> No
     assert sum(isinstance(module, nn.SyncBatchNorm) for module in converted.modules()) == norms
     assert not any(isinstance(module, nn.BatchNorm2d) for module in converted.modules())
     assert torch.equal(converted(X), expected)
-    assert len(weights(converted)) == 3 * len(se_fx.report(converted).sites)
+    assert len(weights(converted)) == 2 * len(se_fx.report(converted).sites)
 
 
 @pytest.mark.usefixtures("process_group")
