@@ -12,12 +12,12 @@ import torch
 from torch import Tensor, fx, nn
 
 from se_fx.analysis import arguments, called, is_plain, modules_of
-from se_fx.capture import Capture, capture, collector_paused, has_traced_hooks, is_foreign
+from se_fx.capture import Capture, capture, collector_paused
 from se_fx.cost import NEEDS_VALUES, Call, as_call, faked, measure
 from se_fx.errors import SqueezeExciteError, hint, shown
 from se_fx.insertion import withdraw
 from se_fx.planning import take_plans
-from se_fx.regions import GraphRegion, add_constants, clone, copied, own_class, restore_code, run_graphs, view
+from se_fx.regions import EXCITE, GraphRegion, add_constants, clone, copied, own_class, restore_code, run_graphs, view
 from se_fx.rewrites import REWRITES, Algebra, Change, Optimization, Rewrite, Step, give_optimization, optimization_of
 
 __all__ = ["optimize_for_inference"]
@@ -152,11 +152,11 @@ def _strip(region: fx.GraphModule) -> None:
         if _is_idle(module) and len(node.args) + len(node.kwargs) == 1 and isinstance(given.get("input"), fx.Node):
             node.replace_all_uses_with(given["input"])
             region.graph.erase_node(node)
-        elif module is not None and has_traced_hooks(module) and any(map(is_foreign, module.children())):
+        elif module is not None and EXCITE in node.kwargs:
             plain = clone(module)
             withdraw(plain)
             region.add_submodule(f"{node.target}_plain", plain)
-            node.target = f"{node.target}_plain"
+            node.target, node.kwargs = f"{node.target}_plain", {}
 
 
 def _is_idle(module: nn.Module | None) -> bool:
@@ -197,8 +197,7 @@ def _assembled(base: nn.Module, views: Mapping[str, fx.GraphModule], *, exported
         graph, _ = copied(region.graph)
         for node in graph.nodes:
             _bring(module, region, node)
-        evaluate, train = view(module, graph), view(module, _refusal(graph))
-        run_graphs(module, {False: evaluate, True: train}, as_graph_module=not path)
+        run_graphs(module, {False: graph, True: _refusal(graph)}, as_graph_module=not path, keeps_class=False)
         if isinstance(module, GraphRegion) and not isinstance(module, own_class(module)):
             _prune(module)
             if exported:

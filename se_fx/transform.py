@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from se_fx.capture import capture, check_seed, check_whole, collector_paused, drawing_from, kept_on_failure
 from se_fx.cost import NO_COST, Measurement, activation_bytes, measure
 from se_fx.criteria import Where
 from se_fx.errors import SqueezeExciteError
-from se_fx.insertion import CONTAINER, Joining, as_optimizers, attach, blocks_of, insert, withdraw
+from se_fx.insertion import Joining, as_optimizers, blocks_of, insert, insert_in_place, undone_on_failure, withdraw
 from se_fx.placement import Policy
 from se_fx.planning import (
     BlockFactory,
@@ -24,14 +25,13 @@ from se_fx.planning import (
     choose,
     fit,
     give_plan,
-    plan_of,
     take_plans,
 )
 from se_fx.regions import clone, graphs_of, own_class
 from se_fx.report import Report
 from se_fx.rewrites import Optimization, optimization_of
 
-__all__ = ["apply_squeeze_excite", "plan", "remove", "report", "transform"]
+__all__ = ["apply_squeeze_excite", "bypassed", "plan", "remove", "report", "transform"]
 
 
 def transform(
@@ -240,12 +240,23 @@ def apply_squeeze_excite(
     min_channels: int | str = 128,
     optimizers: Optimizer | Iterable[Optimizer] | None = None,
     *,
+    plan: Plan | None = None,
+    placement: str | Policy = "conv",
+    init: str = "default",
+    bias: bool = False,
+    activation: str | Function = "relu",
+    gate: str | Function = "sigmoid",
+    block: str | BlockFactory | None = None,
+    where: Where = None,
+    overrides: Overrides = None,
     seed: int | None = None,
+    **criteria: Any,
 ) -> None:
-    """Put Squeeze-and-Excitation blocks after the Conv2d layers of `model`, in place.
+    """Put Squeeze-and-Excitation blocks into `model`, in place: all that `transform` can do, in the user's own model.
 
-    The model keeps its class, methods, submodules and Parameter objects. Each block hangs on its conv, as
-    ``conv.squeeze_excite``, and so works whatever code calls the conv. A second call adds nothing.
+    The model keeps its class, methods, hooks, attributes, submodules and Parameter objects, and goes on running its own code. A
+    block stands in the module whose code receives the value it scales, under the same key as in what `transform` returns: a
+    checkpoint of one loads into the other. `se_fx.remove` gives a copy without. A second call adds nothing.
 
     Args:
         model: any module with `nn.Conv2d` layers, not yet compiled, scripted or wrapped for distribution.
@@ -253,35 +264,94 @@ def apply_squeeze_excite(
         min_channels: a Conv2d gets a block where it has at least as many *output* channels, or "auto".
         optimizers: one or several; a block's parameters join the parameter group that holds its conv's, or, where
             none does (a frozen conv), the first group of the first optimizer. State gathered so far is kept.
+        plan: sites chosen before, to be used instead of all other options.
+        placement: as for `transform`, and so are all others.
+        init: as for `transform`.
+        bias: as for `transform`.
+        activation: as for `transform`.
+        gate: as for `transform`.
+        block: as for `transform`.
+        where: as for `transform`.
+        overrides: as for `transform`.
         seed: draw the blocks' initial weights from this seed alone, as `transform` does.
+        **criteria: as for `transform`.
 
     Raises:
         SqueezeExciteError: an argument is not what is expected; then nothing has been changed.
 
     The interface is that of MosaicML Composer's `apply_squeeze_excite`.
+
+    >>> net = nn.Sequential(nn.Conv2d(3, 256, 3), nn.BatchNorm2d(256), nn.ReLU())
+    >>> apply_squeeze_excite(net, placement="norm", init="identity")
+    >>> type(net).__name__, len(net), [key for key in net.state_dict() if "fc" in key]
+    ('Sequential', 3, ['squeeze_excite.of_0.fc1.weight', 'squeeze_excite.of_0.fc2.weight'])
     """
-    options = Options.given(min_channels=min_channels, latent_channels=latent_channels)
+    options = Options.given(
+        min_channels=min_channels,
+        latent_channels=latent_channels,
+        placement=placement,
+        init=init,
+        bias=bias,
+        activation=activation,
+        gate=gate,
+        block=block,
+        where=where,
+        overrides=overrides,
+        **criteria,
+    )
+    _check_alone(plan, options)
     check_seed(seed)
     chosen_optimizers = as_optimizers(optimizers)
-    choice = choose(capture(model), options)
-    before = plan_of(model)
-    with kept_on_failure(model):
+    captured = capture(model)
+    choice = choose(captured, options) if plan is None else fit(captured, plan)
+    with kept_on_failure(model), undone_on_failure(model):
         with drawing_from(seed) as made_on:
-            blocks = choice.blocks(made_on)
-        convs = {name: choice.convs[name] for name in blocks}
-        owners = [(f"{name}.{CONTAINER}".lstrip("."), convs[name], block) for name, block in blocks.items()]
+            insertions = choice.insertions(made_on)
+        insert_in_place(captured, insertions)
+        give_plan(model, choice.after)
+        paths = {name: path for name, path in blocks_of(model).items() if name in choice.places and name in choice.convs}
+        new = {site.name for site in choice.plan.sites}
+        owners = [(path, choice.convs[name], model.get_submodule(path)) for name, path in paths.items() if name in new]
         join = Joining(chosen_optimizers, owners)
         try:
-            for name, block in blocks.items():
-                attach(convs[name], block)
             join.apply()
-            give_plan(model, choice.after)
         except BaseException:  # an interrupt, too
-            for conv in convs.values():
-                withdraw(conv)
             join.undo()
-            give_plan(model, before)
             raise
+
+
+@contextlib.contextmanager
+def bypassed(model: nn.Module) -> Iterator[None]:
+    """Within, the blocks of a rewritten model do nothing: its outputs are the original's.
+
+    To see what blocks do, as adapters elsewhere can be switched off.
+
+    Raises:
+        SqueezeExciteError: the model isn't a rewritten one.
+
+    >>> import torch
+    >>> net, x = nn.Sequential(nn.Conv2d(3, 256, 3)), torch.randn(1, 3, 8, 8)
+    >>> gm = transform(net)
+    >>> with bypassed(gm):
+    ...     print(torch.equal(gm(x), net(x)))
+    True
+    """
+    Plan.of(model)
+    blocks = {id(block): block for block in map(model.get_submodule, blocks_of(model).values())}.values()
+    set_before = [(block, block.__dict__.get("forward")) for block in blocks]
+    try:
+        for block in blocks:
+            block.__dict__["forward"] = _unchanged
+        yield
+    finally:
+        for block, forward in set_before:
+            block.__dict__.pop("forward", None)
+            if forward is not None:
+                block.__dict__["forward"] = forward
+
+
+def _unchanged(x: Tensor) -> Tensor:
+    return x
 
 
 # --------------------------------------------------------------------------------------------------------------- helpers

@@ -10,7 +10,7 @@ from torch import Tensor, fx, nn
 
 from se_fx.capture.randomness import random_state
 from se_fx.capture.snapshot import Snapshot
-from se_fx.capture.tracer import DRAWS, Tracer
+from se_fx.capture.tracer import DRAWS, Call, Tracer
 from se_fx.capture.values import WRITES
 from se_fx.errors import reason_of
 from se_fx.regions import constants_of, hooked
@@ -41,6 +41,7 @@ class Tracing:
         opaque: the submodules that stay calls, by name in the module, each with the reason.
         constants: tensors that the code has made, by the attribute names that the graphs use.
         called: the submodules that the code has called.
+        calls: the tree of calls behind each graph.
     """
 
     def __init__(
@@ -52,6 +53,7 @@ class Tracing:
         self.opaque: dict[str, str] = {}
         self.constants = constants_of(module)
         self.called: set[str] = set()
+        self.calls: dict[fx.Graph, Call] = {}
         self.snapshot = Snapshot(module, written)
         self._leave_alone_what_is_written()
         for name, child in module.named_modules():
@@ -103,6 +105,7 @@ class Tracing:
         self.opaque.update(tracer.opaque)
         self._leave_alone_what_is_written()
         self.called |= tracer.called
+        self.calls[graph] = tracer.calls
         self._keep(tracer.made, graph, "train" if training else "eval")
         return graph
 

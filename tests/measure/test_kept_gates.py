@@ -67,7 +67,7 @@ def test_modules_with_hooks_are_kept(make) -> None:
 
 def test_a_block_with_hooks_is_kept(cnn: nn.Module) -> None:
     model = se_fx.transform(cnn, min_channels=1, latent_channels=2, init="identity")
-    blocks(model)["squeeze_excite.0"].register_forward_hook(lambda block, args, output: output * 3)
+    blocks(model)["squeeze_excite.of_0"].register_forward_hook(lambda block, args, output: output * 3)
     assert reasons(fold(model, 0.0)) == {"0": "its block has hooks"}
 
 

@@ -1,0 +1,349 @@
+"""Classes of modules that run something else than their own code: made for one module each, its own class among their bases."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import types
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from torch import fx, nn
+
+from se_fx.errors import SqueezeExciteError
+from se_fx.regions.freshness import is_fresh, refuse_surgery, refuse_stale
+
+__all__ = ["ATTRIBUTES", "EXCITE", "GraphRegion", "Rewritten", "by_mode", "give_class", "overrides_module_methods"]
+
+Forward = Callable[..., Any]
+Forwards = Mapping[bool, Forward]  # by `training`
+
+#: The attributes in which a rewritten module keeps what it runs; see `se_fx.regions.running`.
+ATTRIBUTES = (
+    *("_graphs", "_watched", "_children", "_hosts", "_leaves", "_replaceable", "_modes_differ", "_edited"),  # of a region
+    *("_host_graphs", "_host_watched", "_excited_by", "_between", "_holding", "_hosting"),  # of hosts, and what is around them
+)
+#: The keyword that graphs call a module with whose blocks they apply by themselves.
+EXCITE = "excite"
+_INNER = "_inner_forward"  # what somebody has set as `forward` since
+
+
+class Rewritten:
+    """What such modules do alike: copy and pickle whole, hooks and attributes included, and notice a `forward` that is set."""
+
+    _own_class: type[nn.Module]
+    _own_graph: fx.Graph | None = None  # of a module that was an fx.GraphModule before
+    _added: tuple[str, ...] = ()  # attributes that only an fx.GraphModule needs
+    _host: Forwards | None = None
+
+    def __copy__(self) -> Any:
+        return self._copied(self.__dict__)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        memo[id(self)] = copied = object.__new__(type(self))
+        return self._copied({name: copy.deepcopy(value, memo) for name, value in self.__dict__.items()}, copied)
+
+    def _copied(self, attributes: Mapping[str, Any], copied: Any = None) -> Any:
+        copied = object.__new__(type(self)) if copied is None else copied
+        copied.__dict__.update(attributes)
+        return copied
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name != "forward" or _leads_to(value, type(self).forward):  # type: ignore[attr-defined]
+            super().__setattr__(name, value)
+        elif self._host is not None:
+            raise SqueezeExciteError(
+                f"{self._own_class.__name__}.forward was set, and Squeeze-and-Excitation blocks stand in the code of the one "
+                'before: they would be lost. Use placement="activation" or "residual", which have blocks outside of units '
+                "whose forward is replaced; set it before blocks go in; or optimise by se_fx.optimize_for_inference instead"
+            )
+        else:  # it runs in place of the code, with the blocks on what it returns
+            self.__dict__[_INNER] = value
+
+    def __delattr__(self, name: str) -> None:
+        if name == "forward" and _INNER in self.__dict__:
+            del self.__dict__[_INNER]
+        else:
+            super().__delattr__(name)
+
+    def __reduce__(self) -> Any:
+        return self.__reduce_ex__(2)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # Graphs have no stable pickled form; fx pickles their generated code, and traces that again on loading.
+        module: nn.Module = self  # type: ignore[assignment]
+        views = {}
+        for kind in ("_graphs", "_host_graphs"):
+            graphs = self.__dict__.get(kind, {})
+            made = {graph: fx.GraphModule(module, graph) for graph in set(graphs.values())}
+            views[kind] = {training: made[graph] for training, graph in graphs.items()}
+        state = {
+            "attributes": {k: v for k, v in self.__dict__.items() if k not in ("_graphs", "_host_graphs", "_graph")},
+            "added": self._added,
+            "keeps": isinstance(self, self._own_class),
+            "views": views,
+            "own": fx.GraphModule(module, self._own_graph) if self._own_graph else None,
+        }
+        own = fx.GraphModule if self._own_graph else self._own_class
+        return _unpickled, (own, isinstance(self, GraphRegion)), state
+
+    def __setstate__(self, state: Any) -> None:
+        module: nn.Module = self  # type: ignore[assignment]
+        as_graph_module, own = isinstance(self, GraphRegion), self._own_class
+        module.__dict__.clear()
+        module.__dict__.update(state["attributes"])
+        module.__class__ = own if state["own"] is None else type(state["own"])
+        if state["own"] is not None:
+            module.__dict__["_graph"] = state["own"].graph
+        for kind, views in state["views"].items():
+            if views:
+                module.__dict__[kind] = {training: view.graph for training, view in views.items()}
+        own_graph = module.__dict__.get("_graph")
+        kinds = {"as_graph_module": as_graph_module, "added": state["added"], "keeps": state["keeps"]}
+        give_class(module, module.__class__, own_graph, **kinds)
+
+
+def _unpickled(own: type[nn.Module], as_graph_module: bool) -> nn.Module:
+    """A module of the right kind of class for pickle to give its state to."""
+    return object.__new__(_graph_class(own, None, ()) if as_graph_module else _class(own, None, None, None, excited=False))
+
+
+class GraphRegion(Rewritten, fx.GraphModule):
+    """An `fx.GraphModule` that runs one graph in training and one in evaluation, which may be the same.
+
+    `graph` is that of the current mode. Calling `recompile()` after an edit takes up the edits of both; from then on the graphs
+    are what the module is, and none of its own code takes their place.
+    """
+
+    def _copied(self, attributes: Mapping[str, Any], copied: Any = None) -> Any:
+        copied = super()._copied(attributes, copied)
+        edited = copied.__dict__.get("_edited", False)
+        keeps = isinstance(self, self._own_class)
+        copied.__class__ = _graph_class(self._own_class, self._own_graph, self._added, self._host, keeps=keeps)
+        copied.recompile()
+        copied.__dict__["_edited"] = edited
+        return copied
+
+    @property
+    def graph(self) -> fx.Graph:
+        """The graph of the current mode."""
+        graphs = self.__dict__.get("_graphs")
+        return graphs[self.training] if graphs else self._graph
+
+    @graph.setter
+    def graph(self, graph: fx.Graph) -> None:
+        graphs = self.__dict__.get("_graphs")
+        if graphs:
+            same = graphs[True] is graphs[False]
+            graphs.update(dict.fromkeys((True, False) if same else (self.training,), graph))
+        self._graph = graph
+        graph.owning_module = self
+        self.recompile()
+
+    def recompile(self) -> Any:
+        """Generate the code of both modes' graphs anew."""
+        graphs = self.__dict__.get("_graphs", {False: self._graph})
+        forwards: dict[fx.Graph, Forward] = {}
+        code = None
+        for graph in (graphs[training] for training in sorted(graphs, key=lambda mode: mode == self.training)):
+            if graph not in forwards:
+                self._graph = graph
+                graph.owning_module = self
+                code = super().recompile()
+                forwards[graph] = type(self).forward
+        self.__dict__["_edited"] = True
+        region = {mode: forwards[graphs.get(mode, self._graph)] for mode in (True, False)}
+        if "_graphs" not in self.__dict__:  # a view of a graph, for passes
+            type(self).forward = by_mode(region)
+        else:
+            type(self).forward = _forward(type(self), region, self._host, excited=False)
+        return code
+
+
+# --------------------------------------------------------------------------------------------------------------- classes
+def give_class(
+    module: nn.Module,
+    own: type[nn.Module],
+    own_graph: fx.Graph | None = None,
+    *,
+    as_graph_module: bool = False,
+    added: tuple[str, ...] = (),
+    keeps: bool = True,
+) -> None:
+    """Have `module` run what its `ATTRIBUTES` say, in place.
+
+    Args:
+        module: the module; it has the attributes already.
+        own: its own class.
+        own_graph: its own graph, where it was an `fx.GraphModule`.
+        as_graph_module: be an `fx.GraphModule`, too.
+        added: the attributes that only an `fx.GraphModule` needs.
+        keeps: be of its own class, too; an `fx.GraphModule` need not.
+    """
+    host, excited = _functions(module.__dict__.get("_host_graphs")), bool(module.__dict__.get("_excited_by"))
+    if not as_graph_module:
+        module.__class__ = _class(own, _functions(module.__dict__.get("_graphs")), host, own_graph, excited=excited)
+        return
+    graphs = module.__dict__["_graphs"]
+    module.__dict__["_graph"] = graphs[module.training]
+    module.__class__ = _graph_class(own, own_graph, added, host, keeps=keeps)
+    module.recompile()  # type: ignore[operator]
+    module.__dict__["_edited"] = False
+
+
+def _graph_class(
+    own: type[nn.Module],
+    own_graph: fx.Graph | None,
+    added: tuple[str, ...],
+    host: Forwards | None = None,
+    *,
+    keeps: bool = True,
+) -> type[GraphRegion]:
+    """A class for one instance, as fx has it: generated code is a method. Of fx's name, which fx looks for in bases."""
+    keeps = keeps and not issubclass(own, fx.GraphModule)
+    bases: tuple[type, ...] = (GraphRegion, own) if keeps else (GraphRegion,)
+    bases = (_Sequence, *bases) if keeps and issubclass(own, nn.Sequential) else bases
+    attributes = {"_own_class": own, "_own_graph": own_graph, "_added": added, "_host": host, "__doc__": own.__doc__}
+    region = types.new_class("GraphModuleImpl", bases, exec_body=lambda body: body.update(attributes))
+    region.__name__ = own.__name__
+    return region
+
+
+def _class(
+    own: type[nn.Module], region: Forwards | None, host: Forwards | None, own_graph: fx.Graph | None, *, excited: bool
+) -> type[nn.Module]:
+    """A class for modules of the class `own`."""
+    leaf = own.__module__.startswith("torch.nn.") and not issubclass(own, nn.Sequential)
+    body = {
+        "__doc__": own.__doc__,
+        # What scales its values is no leaf for the tracers of others, which look here.
+        "__module__": __name__ if leaf and excited else own.__module__,
+        "__qualname__": own.__qualname__,
+        "_own_class": own,
+        "_own_graph": own_graph,
+        "_host": host,
+        "forward": _forward(own, region, host, excited=excited),
+    }
+    return type(own.__name__, (_Sequence, Rewritten, own) if issubclass(own, nn.Sequential) else (Rewritten, own), body)
+
+
+def _functions(graphs: Mapping[bool, fx.Graph] | None) -> dict[bool, Forward] | None:
+    """The code of graphs, as functions of a module and the graphs' inputs."""
+    if not graphs:
+        return None
+    made: dict[fx.Graph, Forward] = {}
+    for graph in set(graphs.values()):
+        code = graph.python_code("self")
+        names = dict(code.globals)
+        exec(compile(code.src, "<the graph of a module>", "exec"), names)  # as fx does
+        made[graph] = names["forward"]
+    return {training: made[graph] for training, graph in graphs.items()}
+
+
+# -------------------------------------------------------------------------------------------------------------- forward
+def by_mode(forwards: Forwards) -> Forward:
+    """One function for both modes."""
+    train, evaluate = forwards[True], forwards[False]
+    if train is evaluate:
+        return train
+
+    @functools.wraps(evaluate)
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        # A plain branch on `training`: torch.compile guards on it, and compiles each mode once.
+        if self.training:
+            return train(self, *args, **kwargs)
+        return evaluate(self, *args, **kwargs)
+
+    return forward
+
+
+def _forward(own: Any, region: Forwards | None, host: Forwards | None, *, excited: bool) -> Forward:
+    """The region's graphs while they are fresh; else the host's, or the code; then the blocks on what that returns."""
+    own_forward = own._own_class.forward if issubclass(own, Rewritten) else own.forward
+    in_region, in_host = by_mode(region) if region else None, by_mode(host) if host else None
+
+    def code(self: Any, *args: Any, **kwargs: Any) -> Any:
+        refuse_surgery(self)
+        if in_host is not None:
+            refuse_stale(self, "_host_watched")
+            return in_host(self, *args, **kwargs)
+        if _INNER in self.__dict__:
+            return self.__dict__[_INNER](*args, **kwargs)
+        return own_forward(self, *args, **kwargs)
+
+    def whole(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if in_region is None or not is_fresh(self):
+            return code(self, *args, **kwargs)
+        return in_region(self, *args, **kwargs)
+
+    def scaled(self: Any, *args: Any, excite: bool = True, **kwargs: Any) -> Any:
+        value = whole(self, *args, **kwargs)
+        if excite:
+            for container, name in self._excited_by:
+                value = getattr(container, name)(value)
+        return value
+
+    return functools.wraps(own_forward)(scaled if excited else whole)
+
+
+def overrides_module_methods(own: type[nn.Module]) -> bool:
+    """Whether a class changes what `train`, `state_dict` and other methods of every module do, so that they must be kept."""
+    theirs = [kind for kind in own.__mro__ if issubclass(kind, nn.Module) and not kind.__module__.startswith("torch.nn.")]
+    return any(name in _MODULE_METHODS for kind in theirs for name in vars(kind))
+
+
+_MODULE_METHODS = {name for name, member in vars(nn.Module).items() if isinstance(member, types.FunctionType)}
+_MODULE_METHODS -= {"__init__", "forward", "extra_repr", "__repr__", "__dir__", "_get_name"}
+
+
+def _leads_to(value: Any, forward: Forward) -> bool:
+    """Whether a function is, or wraps, as decorators and accelerate do, a method of a module."""
+    seen = 0
+    while value is not None and seen < 100:
+        function = getattr(value, "__func__", value)
+        if function is forward:
+            return True
+        inner = getattr(function, "__wrapped__", None) or getattr(function, "_torchdynamo_orig_callable", None)
+        value, seen = inner, seen + 1
+    return False
+
+
+# ------------------------------------------------------------------------------------------------------------ containers
+class _Sequence:
+    """A Sequential in which blocks stand: to whoever counts, indexes or iterates it, they are not among its modules."""
+
+    def __len__(self) -> int:
+        return len(self._visible())
+
+    def __iter__(self) -> Iterator[nn.Module]:
+        return iter(self._visible().values())
+
+    def __getitem__(self, idx: Any) -> Any:
+        items = list(self._visible().items())
+        return self._part(OrderedDict(items[idx])) if isinstance(idx, slice) else items[idx][1]
+
+    def _part(self, modules: OrderedDict[str, nn.Module]) -> nn.Sequential:
+        """A Sequential of some of these modules, with the blocks that scale what they return."""
+        used = {id(container): container for each in modules.values() for container, _ in each.__dict__.get("_excited_by", ())}
+        held = {name: each for name, each in self._modules.items() if id(each) in used}  # type: ignore[attr-defined]
+        part = nn.Sequential(OrderedDict([*held.items(), *modules.items()]))
+        if held:
+            part.__dict__["_hosting"] = True
+            give_class(part, nn.Sequential)
+        return part
+
+    def _visible(self) -> dict[str, nn.Module]:
+        modules: dict[str, nn.Module] = self._modules  # type: ignore[attr-defined]
+        return {name: module for name, module in modules.items() if not isinstance(module, Inserted)}
+
+
+class Inserted(nn.Module):
+    """Holds the modules that a pass has inserted. They are no part of the model: capture never enters them.
+
+    Called as one of the modules around it, by who calls a model's children one after the other, it does nothing.
+    """
+
+    def forward(self, x: Any) -> Any:
+        """Return what it is given."""
+        return x
