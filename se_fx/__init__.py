@@ -9,7 +9,7 @@ from se_fx.planning import Plan, Site
 from se_fx.report import Report
 from se_fx.rewrites import Optimization
 from se_fx.suggest import Suggestion, suggest
-from se_fx.transform import apply_squeeze_excite, bypassed, plan, remove, report, transform
+from se_fx.transform import apply_squeeze_excite, blocks_of, bypassed, plan, remove, report, transform
 
 __all__ = [
     "Benchmark",
@@ -27,6 +27,7 @@ __all__ = [
     "Suggestion",
     "apply_squeeze_excite",
     "bench",
+    "blocks_of",
     "bypassed",
     "fold_gates",
     "measure_machine",

@@ -14,7 +14,7 @@ from se_fx.capture import capture, check_seed, check_whole, collector_paused, dr
 from se_fx.cost import NO_COST, Measurement, activation_bytes, measure
 from se_fx.criteria import Where
 from se_fx.errors import SqueezeExciteError
-from se_fx.insertion import Joining, as_optimizers, blocks_of, insert, insert_in_place, undone_on_failure, withdraw
+from se_fx.insertion import Joining, as_optimizers, block_names, insert, insert_in_place, undone_on_failure, withdraw
 from se_fx.placement import Policy
 from se_fx.planning import (
     BlockFactory,
@@ -31,7 +31,7 @@ from se_fx.regions import clone, graphs_of, own_class
 from se_fx.report import Report
 from se_fx.rewrites import Optimization, optimization_of
 
-__all__ = ["apply_squeeze_excite", "bypassed", "plan", "remove", "report", "transform"]
+__all__ = ["apply_squeeze_excite", "blocks_of", "bypassed", "plan", "remove", "report", "transform"]
 
 
 def transform(
@@ -68,8 +68,8 @@ def transform(
             the largest count there is, if that is less.
         latent_channels: hidden width of the blocks (int >= 1), or a fraction in (0, 1) of the channels; at most four times
             these, or 1024 where that is more.
-        placement: where a block goes: directly after the conv ("conv"); after the norm that follows it ("norm"); at the
-            end of each residual branch ("residual": the paper's SE); before the branch ("pre"), on the shortcut
+        placement: where a block goes: directly after the conv ("conv"); after the norm that follows it ("norm"); after
+            the activation behind these ("activation": EfficientNet's); at the end of each residual branch ("residual": the paper's SE); before the branch ("pre"), on the shortcut
             ("identity"), after the sum and its activation ("post"): the paper's variants; or a policy of your own, as
             in `se_fx.placement`.
         init: "default", or "identity": gates are exactly 1.0 until training moves them, so outputs stay bitwise equal.
@@ -309,7 +309,7 @@ def apply_squeeze_excite(
             insertions = choice.insertions(made_on)
         insert_in_place(captured, insertions)
         give_plan(model, choice.after)
-        paths = {name: path for name, path in blocks_of(model).items() if name in choice.places and name in choice.convs}
+        paths = {name: path for name, path in block_names(model).items() if name in choice.places and name in choice.convs}
         new = {site.name for site in choice.plan.sites}
         owners = [(path, choice.convs[name], model.get_submodule(path)) for name, path in paths.items() if name in new]
         join = Joining(chosen_optimizers, owners)
@@ -318,6 +318,20 @@ def apply_squeeze_excite(
         except BaseException:  # an interrupt, too
             join.undo()
             raise
+
+
+def blocks_of(rewritten: nn.Module) -> dict[str, nn.Module]:
+    """The blocks of a rewritten model, by the names of their sites.
+
+    Raises:
+        SqueezeExciteError: the model isn't a rewritten one.
+
+    >>> net = transform(nn.Sequential(nn.Conv2d(3, 256, 3)))
+    >>> {name: block.num_features for name, block in blocks_of(net).items()}
+    {'0': 256}
+    """
+    Plan.of(rewritten)
+    return {site: rewritten.get_submodule(name) for site, name in block_names(rewritten).items()}
 
 
 @contextlib.contextmanager
@@ -336,8 +350,7 @@ def bypassed(model: nn.Module) -> Iterator[None]:
     ...     print(torch.equal(gm(x), net(x)))
     True
     """
-    Plan.of(model)
-    blocks = {id(block): block for block in map(model.get_submodule, blocks_of(model).values())}.values()
+    blocks = {id(block): block for block in blocks_of(model).values()}.values()
     set_before = [(block, block.__dict__.get("forward")) for block in blocks]
     try:
         for block in blocks:
@@ -369,7 +382,7 @@ def _check_alone(plan: Any, options: Options) -> None:
 def _costed(rewritten: nn.Module, example_inputs: Any) -> tuple[Plan, Measurement]:
     """The plan that `rewritten` carries with sizes and costs, and the measurement they come from."""
     known = Plan.of(rewritten)
-    measurement = measure(rewritten, example_inputs, blocks_of(rewritten))
+    measurement = measure(rewritten, example_inputs, block_names(rewritten))
     sites = []
     for site in known.sites:
         shape = measurement.shapes.get(site.name)

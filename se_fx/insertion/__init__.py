@@ -4,7 +4,7 @@ Knows nothing of plans and policies, nor of what a block does.
 """
 
 from se_fx.insertion.assembly import Insertion, insert, insert_in_place, undone_on_failure
-from se_fx.insertion.containers import CONTAINER, blocks_of, withdraw
+from se_fx.insertion.containers import CONTAINER, block_names, withdraw
 from se_fx.insertion.optimizers import Joining, as_optimizers
 
 __all__ = [
@@ -12,7 +12,7 @@ __all__ = [
     "Insertion",
     "Joining",
     "as_optimizers",
-    "blocks_of",
+    "block_names",
     "insert",
     "insert_in_place",
     "undone_on_failure",

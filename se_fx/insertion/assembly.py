@@ -91,7 +91,8 @@ def _excite_alone(model: nn.Module, path: str, block: nn.Module) -> None:
     home = _home(model, path.rpartition(".")[0])
     container, _, name = hold(model, home if path else "", path, block)
     excite(model.get_submodule(path), container, name)
-    _notice_loss(model, path)
+    run_own_code(model.get_submodule(home))
+    _notice_loss(model, home, path.removeprefix(f"{home}.") if home else path)
 
 
 def _home(root: nn.Module, path: str) -> str:
@@ -101,14 +102,20 @@ def _home(root: nn.Module, path: str) -> str:
     return path
 
 
-def _notice_loss(model: nn.Module, path: str) -> None:
-    """Have all modules around one notice where it is deleted, as those do that fold several convolutions into one."""
-    names = path.split(".")
-    for depth in range(len(names) if path else 0):
-        around = model.get_submodule(".".join(names[:depth]))
+def _notice_loss(model: nn.Module, base: str, path: str) -> None:
+    """Have all modules from one on down to another notice where that is deleted, as by what folds convolutions into one.
+
+    Args:
+        model: the model.
+        base: the outer module's qualified name.
+        path: the inner module's name in it.
+    """
+    around, names = model.get_submodule(base), path.split(".") if path else []
+    for name in names:
         if not isinstance(around, (nn.Sequential, nn.ModuleList, nn.ModuleDict)):  # these are shortened
-            around.__dict__["_holding"] = {**around.__dict__.get("_holding", {}), names[depth]: True}
+            around.__dict__["_holding"] = {**around.__dict__.get("_holding", {}), name: True}
             run_own_code(around)
+        around = around.get_submodule(name)
 
 
 class _Furnished:
@@ -149,7 +156,9 @@ class _Furnished:
         if seat.returns is not None:
             excite(self.module.get_submodule(seat.returns), container, name)
         if insertion.name in self.seats:
-            _notice_loss(self.model, self.region.qualified(home if seat.returns is None else seat.returns))
+            _notice_loss(self.model, self.region.path, home if seat.returns is None else seat.returns)
+            if isinstance(self.module.get_submodule(home), nn.Sequential):  # which shows its own modules alone
+                run_own_code(self.module.get_submodule(home))
             self._note_between(seat.host, insertion.spots)
 
     def _note_between(self, path: str, spots: Mapping[bool, Spot]) -> None:

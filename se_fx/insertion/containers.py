@@ -6,7 +6,7 @@ from torch import nn
 
 from se_fx.regions import Inserted, restore_code
 
-__all__ = ["CONTAINER", "blocks_of", "hold", "withdraw"]
+__all__ = ["CONTAINER", "block_names", "hold", "withdraw"]
 
 #: The child of a module that holds the blocks inserted there.
 CONTAINER = "squeeze_excite"
@@ -61,7 +61,7 @@ def _has(module: nn.Module, name: str) -> bool:
     return name in module._modules or name in module.__dict__ or hasattr(type(module), name)
 
 
-def blocks_of(model: nn.Module) -> dict[str, str]:
+def block_names(model: nn.Module) -> dict[str, str]:
     """The qualified names of all inserted blocks in a rewritten model, by the qualified names of their sites."""
     found: dict[str, str] = {}
     for path, module in model.named_modules():

@@ -16,6 +16,7 @@ from torch import fx, nn
 
 from se_fx.capture import EXCITED, Call, Region
 from se_fx.placement import Spot
+from se_fx.regions import hooked, own_class
 
 __all__ = ["Seat", "Seats"]
 
@@ -91,6 +92,8 @@ class Seats:
             return None
         step: fx.Node | Call = value
         while call.caller is not None and call.returned is value and not any(self._within(user, call) for user in value.users):
+            if own_class(self.region.module.get_submodule(call.path)) is nn.Sequential:
+                break  # people take these apart, and the block is to go with what it scales
             step, call = call, call.caller
         return call, step, None
 
@@ -144,9 +147,11 @@ class Seats:
         """The module that returns the value, if each of its calls does so."""
         paths = {self._path(step) for step in steps}
         path = paths.pop()
-        if paths or path is None or set(self.calls[path]) != steps or self._is_called_elsewhere(path):
+        if paths or path is None or set(self.calls[path]) != steps:
             return None
-        return path
+        module = self.region.module.get_submodule(path)
+        # Code that isn't in the region may call it; and its hooks are to see what it returns, unscaled.
+        return None if module in self.shared or hooked(module) or isinstance(module, fx.GraphModule) else path
 
     def _path(self, step: fx.Node | Call | str) -> str | None:
         """The module that a step calls."""
@@ -156,10 +161,6 @@ class Seats:
             return None
         excited: str | None = step.meta.get(EXCITED)
         return str(step.target) if excited is None and step.op == "call_module" else excited
-
-    def _is_called_elsewhere(self, path: str) -> bool:
-        """Whether other code than the region's may call a module, which stands in the model twice."""
-        return self.region.module.get_submodule(path) in self.shared
 
     def _in_graph(self, host: str, found: list[tuple[bool, Call, fx.Node | Call | str, frozenset[int] | None]]) -> Seat | None:
         """A seat in the host's graph, if the value is the same step of its code in each of its calls."""
@@ -171,6 +172,8 @@ class Seats:
                 return None
             if chosen is not None and readers.setdefault(training, chosen) != chosen:
                 return None
+        if isinstance(self.region.module.get_submodule(host), fx.GraphModule):  # whose class holds generated code
+            return None
         every = self.calls.get(host, ()) if host else ()
         seen = {call for _, call, _, _ in found}
         if any(call not in seen for call in every if isinstance(call, Call)):

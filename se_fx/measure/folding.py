@@ -20,7 +20,7 @@ from se_fx.blocks import SqueezeExcite2d
 from se_fx.capture import capture, check_whole
 from se_fx.cost import NO_COST, Cost, as_batches
 from se_fx.errors import SqueezeExciteError, shown
-from se_fx.insertion import blocks_of, insert, insert_in_place, withdraw
+from se_fx.insertion import block_names, insert, insert_in_place, withdraw
 from se_fx.measure.changes import Changes, compare
 from se_fx.measure.gates import GateProfile, SiteGates
 from se_fx.measure.wiring import Kept, Wiring
@@ -198,7 +198,7 @@ def _fitting(profile: Any, rewritten: nn.Module, plan: Plan) -> dict[str, SiteGa
         raise SqueezeExciteError(
             f"profile={type(profile).__name__}: expected a GateProfile; call se_fx.profile_gates(model, batches)"
         )
-    paths = blocks_of(rewritten)
+    paths = block_names(rewritten)
     for gates in profile.sites:
         block = rewritten.get_submodule(paths[gates.name]) if gates.name in paths else None
         why = "this model has no block of se_fx's own there"
@@ -255,7 +255,7 @@ class _Surgery:
         bare = clone(self.bare)
         for site in folded:
             _scale(bare.get_submodule(site.into), self.gates[site.name].channel_means)
-        paths = blocks_of(self.rewritten)
+        paths = block_names(self.rewritten)
         left = {site.name: self.rewritten.get_submodule(paths[site.name]) for site in self.plan.sites if site.name not in gone}
         captured = dataclasses.replace(self.choice.capture, model=bare)
         if self.in_place:

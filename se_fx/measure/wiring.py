@@ -7,8 +7,8 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from se_fx.analysis import Modules, called, modules_of
 from se_fx.capture import Capture
-from se_fx.insertion import blocks_of
-from se_fx.regions import hooked, own_class
+from se_fx.insertion import block_names
+from se_fx.regions import excitement, hooked, own_class
 
 __all__ = ["Kept", "Wiring"]
 
@@ -26,7 +26,7 @@ class Wiring:
 
     def __init__(self, rewritten: nn.Module, capture: Capture) -> None:
         self.root = rewritten
-        self.blocks = blocks_of(rewritten)
+        self.blocks = block_names(rewritten)
         self.names: dict[nn.Module, str] = {module: name for name, module in rewritten.named_modules()}
         self.called: dict[fx.Node, nn.Module] = {}
         self.calls: dict[nn.Module, list[fx.Node]] = {}
@@ -66,7 +66,7 @@ class Wiring:
             producer = bare = self.root.get_submodule(site)
         name = self.names[producer]
         self._check_plain(name, producer)
-        if hooked(bare):
+        if hooked(bare) and all(getattr(container, inner) is not block for container, inner in excitement(bare)):
             raise Kept(f"{name} has hooks, which see its value unscaled")
         return name
 

@@ -67,6 +67,22 @@ class Rewritten:
         else:
             super().__delattr__(name)
 
+    def __prepare_scriptable__(self) -> nn.Module:
+        """What `torch.jit.script` compiles: a region's graph.
+
+        Raises:
+            SqueezeExciteError: the graphs of the modes differ, or there are none.
+        """
+        module: nn.Module = self  # type: ignore[assignment]
+        graphs = set(self.__dict__.get("_graphs", {}).values())
+        if len(graphs) != 1:
+            raise SqueezeExciteError(
+                f"{self._own_class.__name__} can't be scripted: "
+                + ("its code differs between training and evaluation" if graphs else "it scales values in its own code")
+                + "; script fx.GraphModule(gm, gm.graph), gm = se_fx.transform(model), or use torch.jit.trace or torch.export"
+            )
+        return _plain_view(module, graphs.pop())
+
     def __reduce__(self) -> Any:
         return self.__reduce_ex__(2)
 
@@ -102,6 +118,21 @@ class Rewritten:
         own_graph = module.__dict__.get("_graph")
         kinds = {"as_graph_module": as_graph_module, "added": state["added"], "keeps": state["keeps"]}
         give_class(module, module.__class__, own_graph, **kinds)
+
+
+def _plain_view(module: nn.Module, graph: fx.Graph) -> fx.GraphModule:
+    """A graph of `module` over modules of their own classes."""
+    plain = fx.Graph(tracer_cls=graph._tracer_cls)
+    plain.output(plain.graph_copy(graph, {}))
+    scaling = [node for node in plain.nodes if EXCITE in node.kwargs]
+    for node in scaling:
+        node.kwargs = {name: value for name, value in node.kwargs.items() if name != EXCITE}
+    made = fx.GraphModule(module, plain)
+    for node in scaling:
+        own = object.__new__(module.get_submodule(str(node.target))._own_class)
+        own.__dict__.update(module.get_submodule(str(node.target)).__dict__)
+        made.set_submodule(str(node.target), own)
+    return made
 
 
 def _unpickled(own: type[nn.Module], as_graph_module: bool) -> nn.Module:

@@ -111,7 +111,7 @@ def refuse_surgery(module: Any) -> None:
             )
     for conv_name, norm_name, had_bias, kind in module.__dict__.get("_between", ()):
         conv, norm = _child(module, conv_name), _child(module, norm_name)
-        gained = conv is not None and (getattr(conv, "bias", None) is not None) is not had_bias
+        gained = conv is not None and (conv._parameters.get("bias") is not None) is not had_bias
         if norm is None or gained or (type(norm) is not kind and "norm" not in type(norm).__name__.lower()):
             raise SqueezeExciteError(
                 f"{norm_name} was folded into {conv_name}, or replaced, and a Squeeze-and-Excitation block stands between: "

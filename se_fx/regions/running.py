@@ -174,8 +174,11 @@ def run_host_graphs(module: nn.Module, graphs: Mapping[bool, fx.Graph], watched:
 
 
 def run_own_code(module: nn.Module) -> None:
-    """Make `module` run its code, if it doesn't run anything else, and notice what is done to it, in place."""
-    if isinstance(module, Rewritten) and hasattr(module, "_own_class"):
+    """Make `module` run its code, if it doesn't run anything else, and notice what is done to it, in place.
+
+    Nothing to do for an `fx.GraphModule`, whose class holds the code that it generates.
+    """
+    if isinstance(module, fx.GraphModule) or (isinstance(module, Rewritten) and hasattr(module, "_own_class")):
         return
     module.__dict__["_hosting"] = True
     give_class(module, own_class(module), _own_graph(module))

@@ -124,7 +124,7 @@ def test_both_modes_graphs_are_folded_and_what_only_training_reaches_is_kept() -
     folding = fold(model, 0.0)
     assert [site.name for site in folding.folded] == ["a", "b"]
     assert "no sample" in reasons(folding)["aux"]
-    assert list(blocks(folding.model)) == ["squeeze_excite.aux"]
+    assert list(blocks(folding.model)) == ["squeeze_excite.of_aux"]
     assert_same_outputs(folding.model, model)
 
 
