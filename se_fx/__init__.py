@@ -3,13 +3,13 @@
 from se_fx.blocks import SqueezeExcite2d
 from se_fx.cost import Cost, Machine, measure_machine
 from se_fx.errors import SqueezeExciteError
-from se_fx.measure import Benchmark, Folding, GateProfile, SiteGates, bench, fold_gates, profile_gates
+from se_fx.measure import Benchmark, Folding, GateProfile, SiteGates, bench, blocks_of, bypassed, fold_gates, profile_gates
 from se_fx.optimize import optimize_for_inference
 from se_fx.planning import Plan, Site
 from se_fx.report import Report
 from se_fx.rewrites import Optimization
 from se_fx.suggest import Suggestion, suggest
-from se_fx.transform import apply_squeeze_excite, blocks_of, bypassed, plan, remove, report, transform
+from se_fx.transform import apply_squeeze_excite, plan, remove, report, transform
 
 __all__ = [
     "Benchmark",

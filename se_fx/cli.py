@@ -191,7 +191,9 @@ def _add_options(command: argparse.ArgumentParser) -> None:
     options.add_argument(
         "--latent-channels", type=_number, metavar="X", help="hidden width, or a fraction of the channels (default: 64)"
     )
-    options.add_argument("--placement", help="where a block goes: conv, norm, activation, residual, pre, post or identity (default: conv)")
+    options.add_argument(
+        "--placement", help="where a block goes: conv, norm, activation, residual, pre, post or identity (default: conv)"
+    )
     options.add_argument(
         "--budget",
         action="append",

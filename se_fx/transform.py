@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 
 from se_fx.capture import capture, check_seed, check_whole, collector_paused, drawing_from, kept_on_failure
@@ -31,7 +30,7 @@ from se_fx.regions import clone, graphs_of, own_class
 from se_fx.report import Report
 from se_fx.rewrites import Optimization, optimization_of
 
-__all__ = ["apply_squeeze_excite", "blocks_of", "bypassed", "plan", "remove", "report", "transform"]
+__all__ = ["apply_squeeze_excite", "plan", "remove", "report", "transform"]
 
 
 def transform(
@@ -69,9 +68,9 @@ def transform(
         latent_channels: hidden width of the blocks (int >= 1), or a fraction in (0, 1) of the channels; at most four times
             these, or 1024 where that is more.
         placement: where a block goes: directly after the conv ("conv"); after the norm that follows it ("norm"); after
-            the activation behind these ("activation": EfficientNet's); at the end of each residual branch ("residual": the paper's SE); before the branch ("pre"), on the shortcut
-            ("identity"), after the sum and its activation ("post"): the paper's variants; or a policy of your own, as
-            in `se_fx.placement`.
+            the activation behind these ("activation": EfficientNet's); at the end of each residual branch ("residual": the
+            paper's SE); before the branch ("pre"), on the shortcut ("identity"), after the sum and its activation ("post"): the
+            paper's variants; or a policy of your own, as in `se_fx.placement`.
         init: "default", or "identity": gates are exactly 1.0 until training moves them, so outputs stay bitwise equal.
         bias: whether the blocks' linear layers have biases.
         activation: the blocks' hidden activation, "relu", "silu" or "gelu", or a function of a tensor (a module too).
@@ -318,53 +317,6 @@ def apply_squeeze_excite(
         except BaseException:  # an interrupt, too
             join.undo()
             raise
-
-
-def blocks_of(rewritten: nn.Module) -> dict[str, nn.Module]:
-    """The blocks of a rewritten model, by the names of their sites.
-
-    Raises:
-        SqueezeExciteError: the model isn't a rewritten one.
-
-    >>> net = transform(nn.Sequential(nn.Conv2d(3, 256, 3)))
-    >>> {name: block.num_features for name, block in blocks_of(net).items()}
-    {'0': 256}
-    """
-    Plan.of(rewritten)
-    return {site: rewritten.get_submodule(name) for site, name in block_names(rewritten).items()}
-
-
-@contextlib.contextmanager
-def bypassed(model: nn.Module) -> Iterator[None]:
-    """Within, the blocks of a rewritten model do nothing: its outputs are the original's.
-
-    To see what blocks do, as adapters elsewhere can be switched off.
-
-    Raises:
-        SqueezeExciteError: the model isn't a rewritten one.
-
-    >>> import torch
-    >>> net, x = nn.Sequential(nn.Conv2d(3, 256, 3)), torch.randn(1, 3, 8, 8)
-    >>> gm = transform(net)
-    >>> with bypassed(gm):
-    ...     print(torch.equal(gm(x), net(x)))
-    True
-    """
-    blocks = {id(block): block for block in blocks_of(model).values()}.values()
-    set_before = [(block, block.__dict__.get("forward")) for block in blocks]
-    try:
-        for block in blocks:
-            block.__dict__["forward"] = _unchanged
-        yield
-    finally:
-        for block, forward in set_before:
-            block.__dict__.pop("forward", None)
-            if forward is not None:
-                block.__dict__["forward"] = forward
-
-
-def _unchanged(x: Tensor) -> Tensor:
-    return x
 
 
 # --------------------------------------------------------------------------------------------------------------- helpers

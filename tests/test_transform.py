@@ -16,7 +16,7 @@ import se_fx
 
 
 def inserted(gm: nn.Module) -> list[fx.Node]:
-    return [node for node in gm.graph.nodes if node.op == "call_module" and str(node.target).("squeeze_excite" in str(node.target).split("."))]
+    return [node for node in gm.graph.nodes if node.op == "call_module" and "squeeze_excite" in str(node.target).split(".")]
 
 
 # ---------------------------------------------------------------------------------------------------------------- sites

@@ -4,7 +4,7 @@ A *region* is a module captured as graphs; what can't be traced runs its own cod
 region, down to a lone Conv2d. Knows nothing of Squeeze-and-Excitation.
 """
 
-from se_fx.capture.capturing import Capture, Region, capture, collector_paused, is_foreign
+from se_fx.capture.capturing import Capture, Region, capture, collector_paused
 from se_fx.capture.plain import check_whole, is_conv
 from se_fx.capture.randomness import check_seed, drawing_from, kept_on_failure, random_state, set_random_state
 from se_fx.capture.tracer import EXCITED, Call
@@ -20,7 +20,6 @@ __all__ = [
     "collector_paused",
     "drawing_from",
     "is_conv",
-    "is_foreign",
     "kept_on_failure",
     "random_state",
     "set_random_state",

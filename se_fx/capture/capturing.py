@@ -195,7 +195,9 @@ def collector_paused() -> Iterator[None]:
 def _clone_with_code(model: nn.Module) -> nn.Module:
     scratch = clone(model)
     for module in scratch.modules():
-        if not module.__dict__.get("_edited") and module.__dict__.get("_replaceable", True):  # its code holds the same, and says what calls what
+        if not module.__dict__.get("_edited") and module.__dict__.get(
+            "_replaceable", True
+        ):  # its code holds the same, and says what calls what
             restore_code(module, hosts=False)
     return scratch
 

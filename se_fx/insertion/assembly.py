@@ -151,7 +151,9 @@ class _Furnished:
         if seat.returns is not None and any(True for _ in self.module.get_submodule(seat.returns).children()):
             home = seat.returns  # else it stays a module without children, of which tools know what it is
         home = _home(self.module, home)
-        container, target, name = hold(self.model, self.region.qualified(home), self.region.qualified(insertion.name), insertion.block)
+        container, target, name = hold(
+            self.model, self.region.qualified(home), self.region.qualified(insertion.name), insertion.block
+        )
         self.targets[insertion.name] = f"{home}.{target}".lstrip(".")
         if seat.returns is not None:
             excite(self.module.get_submodule(seat.returns), container, name)

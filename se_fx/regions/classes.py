@@ -12,7 +12,7 @@ from typing import Any
 from torch import fx, nn
 
 from se_fx.errors import SqueezeExciteError
-from se_fx.regions.freshness import is_fresh, refuse_surgery, refuse_stale
+from se_fx.regions.freshness import is_fresh, refuse_stale, refuse_surgery
 
 __all__ = ["ATTRIBUTES", "EXCITE", "GraphRegion", "Rewritten", "by_mode", "give_class", "overrides_module_methods"]
 
@@ -279,14 +279,13 @@ def by_mode(forwards: Forwards) -> Forward:
     if train is evaluate:
         return train
 
-    @functools.wraps(evaluate)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         # A plain branch on `training`: torch.compile guards on it, and compiles each mode once.
         if self.training:
             return train(self, *args, **kwargs)
         return evaluate(self, *args, **kwargs)
 
-    return forward
+    return functools.wraps(evaluate)(_anew(forward))
 
 
 def _forward(own: Any, region: Forwards | None, host: Forwards | None, *, excited: bool) -> Forward:
@@ -315,7 +314,15 @@ def _forward(own: Any, region: Forwards | None, host: Forwards | None, *, excite
                 value = getattr(container, name)(value)
         return value
 
-    return functools.wraps(own_forward)(scaled if excited else whole)
+    return functools.wraps(own_forward)(_anew(scaled if excited else whole))
+
+
+def _anew(function: Any) -> Forward:
+    """The same function with code of its own: what compiles code counts how often it has had to."""
+    code, defaults = function.__code__.replace(), function.__kwdefaults__
+    copied = types.FunctionType(code, function.__globals__, function.__name__, function.__defaults__, function.__closure__)
+    copied.__kwdefaults__ = defaults
+    return copied
 
 
 def overrides_module_methods(own: type[nn.Module]) -> bool:

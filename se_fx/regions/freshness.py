@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from se_fx.errors import SqueezeExciteError
 
-__all__ = ["Watched", "is_fresh", "refuse_surgery", "refuse_stale", "watch"]
+__all__ = ["Watched", "is_fresh", "refuse_stale", "refuse_surgery", "watch"]
 
 #: Modules, the names they are known by, and what their code may have read: values, and what these hold. Built-in types alone,
 #: so that those of a copied model are about the copy's modules.

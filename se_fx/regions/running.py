@@ -28,7 +28,6 @@ __all__ = [
     "excitement",
     "graphs_of",
     "hooked",
-    "host_graphs_of",
     "is_region",
     "own_class",
     "reserve_names",
@@ -84,11 +83,6 @@ def is_region(module: nn.Module) -> bool:
 def graphs_of(module: nn.Module) -> dict[bool, fx.Graph] | None:
     """The graphs of all code within a region, by `training`; None where `module` is none."""
     return module.__dict__.get("_graphs") if isinstance(module, Rewritten) else None
-
-
-def host_graphs_of(module: nn.Module) -> dict[bool, fx.Graph] | None:
-    """The graphs of a host's own code, by `training`; None where `module` is none, or runs its code."""
-    return module.__dict__.get("_host_graphs") if isinstance(module, Rewritten) else None
 
 
 def excitement(module: nn.Module) -> list[tuple[nn.Module, str]]:
@@ -207,7 +201,11 @@ def restore_code(module: nn.Module, *, hosts: bool = True) -> None:
     if not isinstance(module, Rewritten):
         return
     own, own_graph, state = own_class(module), _own_graph(module), module.__dict__
-    kept = ("_host_graphs", "_host_watched", "_excited_by", "_between", "_holding", "_hosting") if not hosts and "_hosting" in state else ()
+    kept = (
+        ("_host_graphs", "_host_watched", "_excited_by", "_between", "_holding", "_hosting")
+        if not hosts and "_hosting" in state
+        else ()
+    )
     for name in (*type(module)._added, *ATTRIBUTES):
         if name not in kept:
             state.pop(name, None)
