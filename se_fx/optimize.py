@@ -157,10 +157,9 @@ def _strip(region: fx.GraphModule, alone: set[nn.Module]) -> None:
         if _is_idle(module) and len(node.args) + len(node.kwargs) == 1 and isinstance(given.get("input"), fx.Node):
             node.replace_all_uses_with(given["input"])
             region.graph.erase_node(node)
-        elif module is not None and EXCITE in node.kwargs:
-            if module not in alone:
-                restore_code(module)
-                node.kwargs = {}
+        elif module is not None and EXCITE in node.kwargs and module not in alone:
+            restore_code(module)
+            node.kwargs = {}
 
 
 def _is_idle(module: nn.Module | None) -> bool:

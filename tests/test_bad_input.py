@@ -47,6 +47,7 @@ from se_fx.placement import Spot
 
 TRANSFORMS = ("transform", "plan")
 CHOOSING = (*TRANSFORMS, "apply_squeeze_excite")
+REPLAYING = ("transform", "apply_squeeze_excite")
 OF_MODELS = (*TRANSFORMS, "suggest", "apply_squeeze_excite", "optimize_for_inference")
 OF_REWRITTEN = ("report", "remove", "blocks_of", "bypassed", "profile_gates", "fold_gates", "Plan.of")
 
@@ -154,7 +155,7 @@ ROWS: list[Row] = [
         *(({"version": 1}, "plan=dict: expected a Plan"), ([], "plan=list"), ("p.json", "plan=str")),
     ),
     *rows(
-        ("transform", "apply_squeeze_excite"),
+        REPLAYING,
         "seed",
         *((value, "expected an integer from 0 to 2**64 - 1, or None") for value in (-1, 2**64, True, 1.0, "0", math.nan, [0])),
     ),

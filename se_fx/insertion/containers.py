@@ -17,8 +17,8 @@ _BLOCKS = "_squeeze_excite_blocks"  # of a rewritten model: its blocks' names by
 def hold(model: nn.Module, home: str, site: str, block: nn.Module) -> tuple[Inserted, str, str]:
     """Put a block into a module's container, which is made if there is none, under a name that says which conv it is of.
 
-    No such name ends in that of a conv: tools match names by their ends. A container is the first child, so that whoever takes a
-    model's children up to some layer has the blocks among them.
+    No such name ends in that of a conv: tools match names by their ends. A container is the first child, so that whoever takes
+    a model's children up to some layer has the blocks among them.
 
     Args:
         model: the model, which knows its blocks.

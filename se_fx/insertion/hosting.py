@@ -3,14 +3,15 @@
 A value to be scaled is found in a region's flat graph. It comes from an operator, or from the call of a module; the outermost
 such call whose every call returns the value is asked first:
 
-    a module that returns it        scales what it returns by itself; its code stays, and so does what takes it out of the model
-    the code that computes it       else: that module, the block's *host*, runs a graph, which calls its children as its code did
+    a module that returns it       scales what it returns by itself; its code stays, and it keeps its block if it is taken out
+    the code that computes it      else: that module, the block's *host*, runs a graph, which calls its children as its code did
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Set
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import fx, nn
 
@@ -114,7 +115,8 @@ class Seats:
         if chosen & {step for user, step in steps.items() if user not in readers}:
             return None
         inputs = [node for node in value.graph.nodes if node.op == "placeholder"]
-        known = dict(enumerate(inputs)) if call.caller is None else {**dict(enumerate(call.args)), **call.kwargs}
+        known: dict[int | str, Any] = dict(enumerate(inputs if call.caller is None else call.args))
+        known.update(call.kwargs)
         given = [str(key) for key, node in known.items() if node is value]
         own = self.owners.get(value)
         if own is not None and self._is_in(own, call):

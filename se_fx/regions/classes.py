@@ -14,15 +14,16 @@ from torch import fx, nn
 from se_fx.errors import SqueezeExciteError
 from se_fx.regions.freshness import is_fresh, refuse_stale, refuse_surgery
 
-__all__ = ["ATTRIBUTES", "EXCITE", "GraphRegion", "Rewritten", "by_mode", "give_class", "overrides_module_methods"]
+__all__ = ["ATTRIBUTES", "EXCITE", "OF_HOSTS", "GraphRegion", "Rewritten", "by_mode", "give_class", "overrides_module_methods"]
 
 Forward = Callable[..., Any]
 Forwards = Mapping[bool, Forward]  # by `training`
 
 #: The attributes in which a rewritten module keeps what it runs; see `se_fx.regions.running`.
+OF_HOSTS = ("_host_graphs", "_host_watched", "_excited_by", "_between", "_holding", "_hosting")  # and of what is around them
 ATTRIBUTES = (
     *("_graphs", "_watched", "_children", "_hosts", "_leaves", "_replaceable", "_modes_differ", "_edited"),  # of a region
-    *("_host_graphs", "_host_watched", "_excited_by", "_between", "_holding", "_hosting"),  # of hosts, and what is around them
+    *OF_HOSTS,
 )
 #: The keyword that graphs call a module with whose blocks they apply by themselves.
 EXCITE = "excite"
@@ -129,8 +130,9 @@ def _plain_view(module: nn.Module, graph: fx.Graph) -> fx.GraphModule:
         node.kwargs = {name: value for name, value in node.kwargs.items() if name != EXCITE}
     made = fx.GraphModule(module, plain)
     for node in scaling:
-        own = object.__new__(module.get_submodule(str(node.target))._own_class)
-        own.__dict__.update(module.get_submodule(str(node.target)).__dict__)
+        scaling_itself: Any = module.get_submodule(str(node.target))
+        own = object.__new__(scaling_itself._own_class)
+        own.__dict__.update(scaling_itself.__dict__)
         made.set_submodule(str(node.target), own)
     return made
 

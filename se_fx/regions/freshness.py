@@ -24,6 +24,7 @@ _ABSENT = inspect.Parameter.empty  # of attributes that a class has, and the ins
 _MODULES = frozenset({"training", "call_super_init", "dump_patches"})  # what every module has
 _ATOMS = frozenset({bool, int, float, complex, str, bytes, type(None)})
 _NOT_USERS = sys.stdlib_module_names | {"torch", "numpy"}
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _DEPTH = 3  # of objects in objects that are looked into
 
 
@@ -63,23 +64,28 @@ def _change(module: Any) -> str | None:
     """What has changed since a region was traced, in words."""
     if "_inner_forward" in module.__dict__:
         return "its forward was set"
-    if torch.compiler.is_compiling():
-        return change_in(module._watched)
-    for name, inner, _ in module._watched:
+    changed = change_in(module._watched)
+    if changed is not None or torch.compiler.is_compiling():  # what compiles doesn't look at hooks either
+        return changed
+    for name, inner, _ in module._watched[1:]:  # the first is the region's own
         state = inner.__dict__
-        if inner is not module and (state["_forward_hooks"] or state["_forward_pre_hooks"] or state["_backward_hooks"]):
+        if any(map(state.get, _HOOKS)):
             return f"hooks were registered on {name}"
-        if inner is not module and (state["_backward_pre_hooks"] or "forward" in state or "_inner_forward" in state):
-            return f"{name}.forward was set, or hooks were registered"
+        if "forward" in state or "_inner_forward" in state:
+            return f"{name}.forward was set"
         if inner.training is not module.training and module._modes_differ:
             return f"{name} was put into another mode"
+    return _exchanged(module)
+
+
+def _exchanged(module: Any) -> str | None:
     for leaf in module._leaves:
-        if leaf._forward_hooks or leaf._forward_pre_hooks:
+        if any(map(leaf.__dict__.get, _HOOKS)):
             return f"hooks were registered on a {leaf._own_class.__name__}, whose value a block scales"
     for parent, name, child in module._children:
         if parent._modules.get(name) is not child:
             return f"the module {name} was replaced"
-    return change_in(module._watched)
+    return None
 
 
 def refuse_stale(module: Any, watched: str) -> None:
@@ -105,8 +111,8 @@ def refuse_surgery(module: Any) -> None:
     for name in module.__dict__.get("_holding", ()):
         if name not in module._modules:
             raise SqueezeExciteError(
-                f"{module._own_class.__name__}: {name} was deleted, and with it Squeeze-and-Excitation blocks that stand there, as "
-                "happens where convolutions are folded into one. Use a placement outside of what is folded, such as "
+                f"{module._own_class.__name__}: {name} was deleted, and with it Squeeze-and-Excitation blocks that stand "
+                "there, as happens where convolutions are folded into one. Use a placement outside of what is folded, such as "
                 'placement="activation" or "residual"; or se_fx.remove() the blocks first'
             )
     for conv_name, norm_name, had_bias, kind in module.__dict__.get("_between", ()):

@@ -17,7 +17,7 @@ from typing import Any, cast
 
 from torch import Tensor, fx, nn
 
-from se_fx.regions.classes import ATTRIBUTES, GraphRegion, Rewritten, give_class, overrides_module_methods
+from se_fx.regions.classes import ATTRIBUTES, OF_HOSTS, GraphRegion, Rewritten, give_class, overrides_module_methods
 from se_fx.regions.freshness import Watched
 
 __all__ = [
@@ -201,11 +201,7 @@ def restore_code(module: nn.Module, *, hosts: bool = True) -> None:
     if not isinstance(module, Rewritten):
         return
     own, own_graph, state = own_class(module), _own_graph(module), module.__dict__
-    kept = (
-        ("_host_graphs", "_host_watched", "_excited_by", "_between", "_holding", "_hosting")
-        if not hosts and "_hosting" in state
-        else ()
-    )
+    kept = OF_HOSTS if not hosts and "_hosting" in state else ()
     for name in (*type(module)._added, *ATTRIBUTES):
         if name not in kept:
             state.pop(name, None)
