@@ -102,7 +102,7 @@ def _optimized(captured: Capture, rewrites: dict[str, Rewrite], example_inputs: 
     for region in captured.regions:
         if region.graphs is not None:
             module = base.get_submodule(region.path)
-            restore_code(module)
+            restore_code(module, hosts=not region.path)
             add_constants(module, region.constants)
             views[region.path] = view(module, copied(region.graphs[False])[0])
             _strip(views[region.path], alone)

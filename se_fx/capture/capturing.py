@@ -119,7 +119,7 @@ def _captured(model: nn.Module, finely: bool) -> Capture:
         if module not in entered or isinstance(module, nn.Conv2d):
             return
         try:
-            tracing = Tracing(module, entered, (False,) if finely else (True, False), written)
+            tracing = Tracing(module, entered, (False,) if finely else (True, False), written, bool(path))
             region = Region(path, module, tracing.graphs(), tracing.constants, tracing.calls)
         except Untraceable as untraceable:
             opaque[path] = str(untraceable)

@@ -22,7 +22,7 @@ from se_fx.capture.randomness import random_state, set_random_state
 from se_fx.capture.snapshot import Snapshot
 from se_fx.capture.values import CHECKPOINT, CHECKPOINTS, WRITES, Value, watched
 from se_fx.errors import reason_of
-from se_fx.regions import EXCITE, excitement, hooked, reserve_names
+from se_fx.regions import EXCITE, UNSCALED, excitement, hooked, reserve_names
 
 __all__ = ["DRAWS", "EXCITED", "Call", "Tracer"]
 
@@ -65,6 +65,7 @@ class Tracer(fx.Tracer):
         entered: all modules whose code is to be looked into; None for every module to be a leaf.
         inputs: values for the code to see in place of the root's arguments of these names.
         snapshot: the state of the root and all within, as it was before; None to ignore what code changes.
+        within: the root is a module within a model, of which others may call it.
         watch: find out whose code draws random numbers other than as tensors' values, or changes state; it turns opaque.
     """
 
@@ -77,13 +78,14 @@ class Tracer(fx.Tracer):
         inputs: dict[str, Any] | None = None,
         snapshot: Snapshot | None = None,
         watch: bool = False,
+        within: bool = False,
     ) -> None:
         super().__init__(autowrap_functions=(CHECKPOINT,))
         self.opaque = dict(opaque or {})
         self.entered = entered or set()
         self.inputs = inputs or {}
         self.snapshot = snapshot
-        self.watch = watch
+        self.watch, self.within = watch, within
         self.called: set[str] = set()
         self.calls = self._call = Call("")
         self.made: dict[str, Tensor] = {}
@@ -241,6 +243,8 @@ class Tracer(fx.Tracer):
         """Trace `root`; see `fx.Tracer.trace`."""
         if self.snapshot is not None:
             _check_code(root)
+        # What calls a module within the model scales what that returns.
+        self.traced_func_name = UNSCALED if self.within and excitement(root) else "forward"
         present = set(root.__dict__)
         tensors = (*root.parameters(), *root.buffers()) if self.entered else ()
         self.own_tensors = {id(tensor) for tensor in tensors}

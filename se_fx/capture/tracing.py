@@ -36,6 +36,7 @@ class Tracing:
         entered: all modules whose code is to be looked into.
         modes: the values of `training` to trace it for.
         written: gains the ids of the modules that code writes to. These can be part of no graph but of their own callers' code.
+        within: whether it is a module within the model.
 
     Attributes:
         opaque: the submodules that stay calls, by name in the module, each with the reason.
@@ -45,11 +46,16 @@ class Tracing:
     """
 
     def __init__(
-        self, module: nn.Module, entered: set[nn.Module], modes: tuple[bool, ...], written: set[int] | None = None
+        self,
+        module: nn.Module,
+        entered: set[nn.Module],
+        modes: tuple[bool, ...],
+        written: set[int] | None = None,
+        within: bool = False,
     ) -> None:
         self.module = module
         self.entered = entered
-        self.modes = modes
+        self.modes, self.within = modes, within
         self.opaque: dict[str, str] = {}
         self.constants = constants_of(module)
         self.called: set[str] = set()
@@ -89,7 +95,7 @@ class Tracing:
         if "forward" in self.module.__dict__:
             raise Untraceable("its forward was replaced on the instance", self.called)
         self.snapshot.set_mode(training)
-        tracer = Tracer(self.opaque, self.entered, defaults, self.snapshot, watch)
+        tracer = Tracer(self.opaque, self.entered, defaults, self.snapshot, watch, self.within)
         randomness = random_state()
         try:
             graph = tracer.trace(self.module)

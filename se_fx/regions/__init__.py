@@ -3,8 +3,9 @@
 Knows nothing of how graphs are made, nor of Squeeze-and-Excitation.
 """
 
-from se_fx.regions.classes import EXCITE, GraphRegion, Inserted
+from se_fx.regions.classes import GraphRegion, Inserted
 from se_fx.regions.cloning import clone
+from se_fx.regions.forwards import EXCITE, UNSCALED
 from se_fx.regions.freshness import Watched, watch
 from se_fx.regions.running import (
     add_constants,
@@ -25,6 +26,7 @@ from se_fx.regions.running import (
 
 __all__ = [
     "EXCITE",
+    "UNSCALED",
     "GraphRegion",
     "Inserted",
     "Watched",

@@ -3,21 +3,29 @@
 from __future__ import annotations
 
 import copy
-import functools
 import types
+import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from torch import fx, nn
 
 from se_fx.errors import SqueezeExciteError
-from se_fx.regions.freshness import is_fresh, refuse_stale, refuse_surgery
+from se_fx.regions.forwards import (
+    EXCITE,
+    INNER,
+    UNSCALED,
+    Forward,
+    Forwards,
+    by_mode,
+    forward_of,
+    functions_of,
+    is_leaf,
+    leads_to,
+)
 
-__all__ = ["ATTRIBUTES", "EXCITE", "OF_HOSTS", "GraphRegion", "Rewritten", "by_mode", "give_class", "overrides_module_methods"]
-
-Forward = Callable[..., Any]
-Forwards = Mapping[bool, Forward]  # by `training`
+__all__ = ["ATTRIBUTES", "OF_HOSTS", "GraphRegion", "Inserted", "Rewritten", "give_class", "overrides_module_methods"]
 
 #: The attributes in which a rewritten module keeps what it runs; see `se_fx.regions.running`.
 OF_HOSTS = ("_host_graphs", "_host_watched", "_excited_by", "_between", "_holding", "_hosting")  # and of what is around them
@@ -25,9 +33,6 @@ ATTRIBUTES = (
     *("_graphs", "_watched", "_children", "_hosts", "_leaves", "_replaceable", "_modes_differ", "_edited"),  # of a region
     *OF_HOSTS,
 )
-#: The keyword that graphs call a module with whose blocks they apply by themselves.
-EXCITE = "excite"
-_INNER = "_inner_forward"  # what somebody has set as `forward` since
 
 
 class Rewritten:
@@ -37,6 +42,9 @@ class Rewritten:
     _own_graph: fx.Graph | None = None  # of a module that was an fx.GraphModule before
     _added: tuple[str, ...] = ()  # attributes that only an fx.GraphModule needs
     _host: Forwards | None = None
+
+    def __init_subclass__(cls) -> None:
+        """Nothing: these are no classes that whoever keeps a list of a model's subclasses is to know."""
 
     def __copy__(self) -> Any:
         return self._copied(self.__dict__)
@@ -51,7 +59,7 @@ class Rewritten:
         return copied
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name != "forward" or _leads_to(value, type(self).forward):  # type: ignore[attr-defined]
+        if name != "forward" or leads_to(value, type(self).forward):  # type: ignore[attr-defined]
             super().__setattr__(name, value)
         elif self._host is not None:
             raise SqueezeExciteError(
@@ -60,11 +68,11 @@ class Rewritten:
                 "whose forward is replaced; set it before blocks go in; or optimise by se_fx.optimize_for_inference instead"
             )
         else:  # it runs in place of the code, with the blocks on what it returns
-            self.__dict__[_INNER] = value
+            self.__dict__[INNER] = value
 
     def __delattr__(self, name: str) -> None:
-        if name == "forward" and _INNER in self.__dict__:
-            del self.__dict__[_INNER]
+        if name == "forward" and INNER in self.__dict__:
+            del self.__dict__[INNER]
         else:
             super().__delattr__(name)
 
@@ -190,7 +198,8 @@ class GraphRegion(Rewritten, fx.GraphModule):
         if "_graphs" not in self.__dict__:  # a view of a graph, for passes
             type(self).forward = by_mode(region)
         else:
-            type(self).forward = _forward(type(self), region, self._host, excited=False)
+            excited = bool(self.__dict__.get("_excited_by"))
+            type(self).forward = forward_of(type(self)._own_class, region, self._host, excited=excited)
         return code
 
 
@@ -214,9 +223,9 @@ def give_class(
         added: the attributes that only an `fx.GraphModule` needs.
         keeps: be of its own class, too; an `fx.GraphModule` need not.
     """
-    host, excited = _functions(module.__dict__.get("_host_graphs")), bool(module.__dict__.get("_excited_by"))
+    host, excited = functions_of(module.__dict__.get("_host_graphs")), bool(module.__dict__.get("_excited_by"))
     if not as_graph_module:
-        module.__class__ = _class(own, _functions(module.__dict__.get("_graphs")), host, own_graph, excited=excited)
+        module.__class__ = _class(own, functions_of(module.__dict__.get("_graphs")), host, own_graph, excited=excited)
         return
     graphs = module.__dict__["_graphs"]
     module.__dict__["_graph"] = graphs[module.training]
@@ -246,85 +255,34 @@ def _graph_class(
 def _class(
     own: type[nn.Module], region: Forwards | None, host: Forwards | None, own_graph: fx.Graph | None, *, excited: bool
 ) -> type[nn.Module]:
-    """A class for modules of the class `own`."""
-    leaf = own.__module__.startswith("torch.nn.") and not issubclass(own, nn.Sequential)
+    """A class for modules of the class `own`: one for all that run their own code, as models made alike are of one class."""
+    if region is not None or host is not None or own_graph is not None:
+        return _made_class(own, region, host, own_graph, excited=excited)
+    made = _of_code.setdefault(own, {})
+    if excited not in made:
+        made[excited] = _made_class(own, None, None, None, excited=excited)
+    return made[excited]
+
+
+_of_code: weakref.WeakKeyDictionary[type[nn.Module], dict[bool, type[nn.Module]]] = weakref.WeakKeyDictionary()
+
+
+def _made_class(
+    own: type[nn.Module], region: Forwards | None, host: Forwards | None, own_graph: fx.Graph | None, *, excited: bool
+) -> type[nn.Module]:
     body = {
         "__doc__": own.__doc__,
         # What scales its values is no leaf for the tracers of others, which look here.
-        "__module__": __name__ if leaf and excited else own.__module__,
+        "__module__": __name__ if excited and is_leaf(own) else own.__module__,
         "__qualname__": own.__qualname__,
         "_own_class": own,
         "_own_graph": own_graph,
         "_host": host,
-        "forward": _forward(own, region, host, excited=excited),
+        "forward": forward_of(own, region, host, excited=excited),
+        UNSCALED: forward_of(own, region, host, excited=False),
     }
-    return type(own.__name__, (_Sequence, Rewritten, own) if issubclass(own, nn.Sequential) else (Rewritten, own), body)
-
-
-def _functions(graphs: Mapping[bool, fx.Graph] | None) -> dict[bool, Forward] | None:
-    """The code of graphs, as functions of a module and the graphs' inputs."""
-    if not graphs:
-        return None
-    made: dict[fx.Graph, Forward] = {}
-    for graph in set(graphs.values()):
-        code = graph.python_code("self")
-        names = dict(code.globals)
-        exec(compile(code.src, "<the graph of a module>", "exec"), names)  # as fx does
-        made[graph] = names["forward"]
-    return {training: made[graph] for training, graph in graphs.items()}
-
-
-# -------------------------------------------------------------------------------------------------------------- forward
-def by_mode(forwards: Forwards) -> Forward:
-    """One function for both modes."""
-    train, evaluate = forwards[True], forwards[False]
-    if train is evaluate:
-        return train
-
-    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        # A plain branch on `training`: torch.compile guards on it, and compiles each mode once.
-        if self.training:
-            return train(self, *args, **kwargs)
-        return evaluate(self, *args, **kwargs)
-
-    return functools.wraps(evaluate)(_anew(forward))
-
-
-def _forward(own: Any, region: Forwards | None, host: Forwards | None, *, excited: bool) -> Forward:
-    """The region's graphs while they are fresh; else the host's, or the code; then the blocks on what that returns."""
-    own_forward = own._own_class.forward if issubclass(own, Rewritten) else own.forward
-    in_region, in_host = by_mode(region) if region else None, by_mode(host) if host else None
-
-    def code(self: Any, *args: Any, **kwargs: Any) -> Any:
-        refuse_surgery(self)
-        if in_host is not None:
-            refuse_stale(self, "_host_watched")
-            return in_host(self, *args, **kwargs)
-        if _INNER in self.__dict__:
-            return self.__dict__[_INNER](*args, **kwargs)
-        return own_forward(self, *args, **kwargs)
-
-    def whole(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if in_region is None or not is_fresh(self):
-            return code(self, *args, **kwargs)
-        return in_region(self, *args, **kwargs)
-
-    def scaled(self: Any, *args: Any, excite: bool = True, **kwargs: Any) -> Any:
-        value = whole(self, *args, **kwargs)
-        if excite:
-            for container, name in self._excited_by:
-                value = getattr(container, name)(value)
-        return value
-
-    return functools.wraps(own_forward)(_anew(scaled if excited else whole))
-
-
-def _anew(function: Any) -> Forward:
-    """The same function with code of its own: what compiles code counts how often it has had to."""
-    code, defaults = function.__code__.replace(), function.__kwdefaults__
-    copied = types.FunctionType(code, function.__globals__, function.__name__, function.__defaults__, function.__closure__)
-    copied.__kwdefaults__ = defaults
-    return copied
+    bases = (_Sequence, Rewritten, own) if issubclass(own, nn.Sequential) else (Rewritten, own)
+    return types.new_class(own.__name__, bases, exec_body=lambda namespace: namespace.update(body))
 
 
 def overrides_module_methods(own: type[nn.Module]) -> bool:
@@ -335,18 +293,6 @@ def overrides_module_methods(own: type[nn.Module]) -> bool:
 
 _MODULE_METHODS = {name for name, member in vars(nn.Module).items() if isinstance(member, types.FunctionType)}
 _MODULE_METHODS -= {"__init__", "forward", "extra_repr", "__repr__", "__dir__", "_get_name"}
-
-
-def _leads_to(value: Any, forward: Forward) -> bool:
-    """Whether a function is, or wraps, as decorators and accelerate do, a method of a module."""
-    seen = 0
-    while value is not None and seen < 100:
-        function = getattr(value, "__func__", value)
-        if function is forward:
-            return True
-        inner = getattr(function, "__wrapped__", None) or getattr(function, "_torchdynamo_orig_callable", None)
-        value, seen = inner, seen + 1
-    return False
 
 
 # ------------------------------------------------------------------------------------------------------------ containers

@@ -179,7 +179,7 @@ def _words(own: Any) -> frozenset[str]:
     """All names, of attributes and in strings, that the source of a class and of the modules it stands in has."""
     found: set[str] = set()
     for kind in own.__mro__:
-        if issubclass(kind, nn.Module) and not kind.__module__.startswith("torch.nn."):
+        if issubclass(kind, nn.Module) and not kind.__module__.startswith("torch."):
             home = sys.modules.get(kind.__module__)
             for code in (*_codes(vars(kind)), *_codes(vars(home) if home is not None else {}, kind.__module__)):
                 found.update(code.co_names, (each for each in code.co_consts if isinstance(each, str) and each.isidentifier()))
