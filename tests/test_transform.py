@@ -36,7 +36,8 @@ def test_resnet50_gets_one_block_for_every_conv_of_512_or_more_output_channels()
     assert [site.name for site in se_fx.report(gm).sites] == expected
     for node in inserted(gm):
         (conv,) = node.args
-        assert node.target.endswith(f"squeeze_excite.of_{conv.target}")
+        host, _, name = conv.target.rpartition(".")
+        assert node.target == f"{host}.squeeze_excite.of_{name}"
         assert list(conv.users) == [node]  # all other users read the scaled value
         block = gm.get_submodule(node.target)
         assert (block.num_features, block.latent_channels) == (gm.get_submodule(conv.target).out_channels, 64)
