@@ -207,9 +207,12 @@ class _Furnished:
         assert region.graphs is not None
         add_constants(module, region.constants)
         edited: dict[fx.Graph, fx.Graph] = {}
+        within = [
+            each for each in self.insertions if self.seats.get(each.name, Seat("")).returns != ""
+        ]  # the graph, not behind it
         for training, graph in region.graphs.items():
             if graph not in edited:
-                blocks = [(self.targets[e.name], e.block, e.spots[training]) for e in self.insertions if training in e.spots]
+                blocks = [(self.targets[e.name], e.block, e.spots[training]) for e in within if training in e.spots]
                 by_themselves = {seat.returns for seat in self.seats.values()}
                 edited[graph] = _with_blocks(module, graph, blocks, by_themselves)
         paths = {"": None, **{path: None for call in region.calls.values() for path in _paths(call)}}
@@ -248,12 +251,12 @@ def _moved(spot: Spot, twin: Mapping[fx.Node, fx.Node]) -> Spot:
     return dataclasses.replace(spot, nodes=tuple(twin[node] for node in spot.nodes), readers=readers)
 
 
-def _shared_with_others(model: nn.Module, path: str) -> set[nn.Module]:
-    """The modules in the region at a path that stand elsewhere in the model as well."""
+def _shared_with_others(model: nn.Module, path: str) -> set[str]:
+    """The names, in the region at a path, of modules that stand elsewhere in the model as well."""
     prefix = f"{path}." if path else ""
     named = list(model.named_modules(remove_duplicate=False))
-    inside = {module for name, module in named if name.startswith(prefix)}
-    return {module for name, module in named if not name.startswith(prefix) and module in inside}
+    outside = {module for name, module in named if not name.startswith(prefix)}
+    return {name.removeprefix(prefix) for name, module in named if name.startswith(prefix) and module in outside}
 
 
 def _paths(call: Call) -> Iterator[str]:

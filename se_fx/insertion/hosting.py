@@ -44,22 +44,27 @@ class Seats:
 
     Args:
         region: the region.
-        shared: modules that stand outside of it as well.
+        shared: the names in it of modules that stand outside of it as well.
     """
 
-    def __init__(self, region: Region, shared: Set[nn.Module] = frozenset()) -> None:
+    def __init__(self, region: Region, shared: Set[str] = frozenset()) -> None:
         self.region, self.shared = region, shared
         self.owners: dict[fx.Node, Call] = {}
         self.calls: dict[str, list[fx.Node | Call]] = {}  # all calls of a module, whether looked into or not
         self.step: dict[fx.Node | Call, int] = {}
+        self.returned: dict[Call, Any] = {}
         for graph in set((region.graphs or {}).values()):
             if graph in region.calls:
-                self._note(region.calls[graph])
+                call = region.calls[graph]
+                self.returned[call] = next(node for node in graph.nodes if node.op == "output").args[0]
+                self.calls.setdefault("", []).append(call)
+                self._note(call)
 
     def _note(self, call: Call) -> None:
         for number, step in enumerate(call.steps):
             self.step[step] = number
             if isinstance(step, Call):
+                self.returned[step] = step.returned
                 self.calls.setdefault(step.path, []).append(step)
                 self._note(step)
                 continue
@@ -87,16 +92,29 @@ class Seats:
         return self._in_graph(host, found) if returns is None else Seat(host, returns)
 
     def _outermost(self, value: fx.Node) -> tuple[Call, fx.Node | Call | str, None] | None:
-        """The call that receives a value from the outermost call that returns it; and what gives it."""
+        """The call that receives a value from the outermost call that returns it, at last the region's; and what gives it."""
         call = self.owners.get(value)
         if call is None:
             return None
         step: fx.Node | Call = value
-        while call.caller is not None and call.returned is value and not any(self._within(user, call) for user in value.users):
+        returned = value if self.returned[call] is value else self._past_identities(value)
+        while self.returned[call] is returned and not any(self._within(user, call) for user in returned.users):
             if own_class(self.region.module.get_submodule(call.path)) is nn.Sequential:
                 break  # people take these apart, and the block is to go with what it scales
+            if call.caller is None:
+                return (call, call, None) if self.region.path else (call, step, None)
             step, call = call, call.caller
         return call, step, None
+
+    def _past_identities(self, value: fx.Node) -> fx.Node:
+        """What identities behind a value return, which is the same."""
+        while len(value.users) == 1:
+            user = next(iter(value.users))
+            module = self.region.module.get_submodule(str(user.target)) if user.op == "call_module" else None
+            if type(module) is not nn.Identity or hooked(module):
+                break
+            value = user
+        return value
 
     def _parting(self, value: fx.Node, readers: frozenset[fx.Node]) -> tuple[Call, fx.Node | Call | str, frozenset[int]] | None:
         """The innermost call in which all readers read a value, those chosen in other steps than the others."""
@@ -122,7 +140,7 @@ class Seats:
         if own is not None and self._is_in(own, call):
             inside: fx.Node | Call = value
             while own is not call:
-                if own.returned is not value or own.caller is None:
+                if self.returned[own] is not value or own.caller is None:
                     return None
                 inside, own = own, own.caller
             return call, inside, chosen
@@ -153,7 +171,7 @@ class Seats:
             return None
         module = self.region.module.get_submodule(path)
         # Code that isn't in the region may call it; and its hooks are to see what it returns, unscaled.
-        return None if module in self.shared or hooked(module) or isinstance(module, fx.GraphModule) else path
+        return None if path in self.shared or hooked(module) or isinstance(module, fx.GraphModule) else path
 
     def _path(self, step: fx.Node | Call | str) -> str | None:
         """The module that a step calls."""

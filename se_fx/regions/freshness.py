@@ -121,8 +121,8 @@ def refuse_surgery(module: Any) -> None:
         if norm is None or gained or (type(norm) is not kind and "norm" not in type(norm).__name__.lower()):
             raise SqueezeExciteError(
                 f"{norm_name} was folded into {conv_name}, or replaced, and a Squeeze-and-Excitation block stands between: "
-                'outputs would be wrong. Use placement="norm" or "activation", which leave the two together, or '
-                "se_fx.optimize_for_inference, which folds around blocks, instead of fusing"
+                'outputs would be wrong. Use placement="activation" or "residual", outside of what is folded; or, instead of '
+                'fusing, se_fx.optimize_for_inference, which folds around blocks, and best with placement="norm"'
             )
 
 
