@@ -112,10 +112,12 @@ def _notice_loss(model: nn.Module, base: str, path: str) -> None:
     """
     around, names = model.get_submodule(base), path.split(".") if path else []
     for name in names:
-        if not isinstance(around, (nn.Sequential, nn.ModuleList, nn.ModuleDict)):  # these are shortened
-            around.__dict__["_holding"] = {**around.__dict__.get("_holding", {}), name: True}
+        inner = around.get_submodule(name)
+        if not isinstance(around, (nn.ModuleList, nn.ModuleDict)):  # whose code, if they have any, is seldom their own
+            around.__dict__["_holding"] = {**around.__dict__.get("_holding", {}), name: inner}
+            around.__dict__["_length"] = len(around._modules)
             run_own_code(around)
-        around = around.get_submodule(name)
+        around = inner
 
 
 class _Furnished:
@@ -218,7 +220,8 @@ class _Furnished:
         paths = {"": None, **{path: None for call in region.calls.values() for path in _paths(call)}}
         inner = [(path, module.get_submodule(path)) for path in paths]
         hosts = [each for each in module.modules() if "_between" in each.__dict__ or "_holding" in each.__dict__]
-        leaves = [each for path, each in module.named_modules() if excitement(each) and path not in paths]
+        scaling = [path for path, each in module.named_modules() if excitement(each) and path not in paths]
+        leaves = [(module.get_submodule(path.rpartition(".")[0]), path.rpartition(".")[2]) for path in scaling]
         run_graphs(
             module,
             {training: edited[graph] for training, graph in region.graphs.items()},

@@ -3,7 +3,7 @@
 Knows nothing of how graphs are made, nor of Squeeze-and-Excitation.
 """
 
-from se_fx.regions.classes import GraphRegion, Inserted
+from se_fx.regions.classes import GraphRegion
 from se_fx.regions.cloning import clone
 from se_fx.regions.forwards import EXCITE, UNSCALED
 from se_fx.regions.freshness import Watched, watch
@@ -23,6 +23,7 @@ from se_fx.regions.running import (
     run_own_code,
     view,
 )
+from se_fx.regions.sequences import Inserted
 
 __all__ = [
     "EXCITE",

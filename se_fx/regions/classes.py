@@ -5,8 +5,7 @@ from __future__ import annotations
 import copy
 import types
 import weakref
-from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from torch import fx, nn
@@ -24,11 +23,21 @@ from se_fx.regions.forwards import (
     is_leaf,
     leads_to,
 )
+from se_fx.regions.sequences import Sequence
+from se_fx.regions.surgery import inherited
 
-__all__ = ["ATTRIBUTES", "OF_HOSTS", "GraphRegion", "Inserted", "Rewritten", "give_class", "overrides_module_methods"]
+__all__ = ["ATTRIBUTES", "OF_HOSTS", "GraphRegion", "Rewritten", "give_class", "overrides_module_methods"]
 
 #: The attributes in which a rewritten module keeps what it runs; see `se_fx.regions.running`.
-OF_HOSTS = ("_host_graphs", "_host_watched", "_excited_by", "_between", "_holding", "_hosting")  # and of what is around them
+OF_HOSTS = (
+    "_host_graphs",
+    "_host_watched",
+    "_excited_by",
+    "_between",
+    "_holding",
+    "_length",
+    "_hosting",
+)  # and of what is around them
 ATTRIBUTES = (
     *("_graphs", "_watched", "_children", "_hosts", "_leaves", "_replaceable", "_modes_differ", "_edited"),  # of a region
     *OF_HOSTS,
@@ -58,7 +67,13 @@ class Rewritten:
         copied.__dict__.update(attributes)
         return copied
 
+    def add_module(self, name: str, module: nn.Module | None) -> None:
+        """Set a child; another of the kind of one that scales what it returns does so, too."""
+        _take_over(self, name, module)
+        super().add_module(name, module)  # type: ignore[misc]
+
     def __setattr__(self, name: str, value: Any) -> None:
+        _take_over(self, name, value)
         if name != "forward" or leads_to(value, type(self).forward):  # type: ignore[attr-defined]
             super().__setattr__(name, value)
         elif self._host is not None:
@@ -143,6 +158,14 @@ def _plain_view(module: nn.Module, graph: fx.Graph) -> fx.GraphModule:
         own.__dict__.update(scaling_itself.__dict__)
         made.set_submodule(str(node.target), own)
     return made
+
+
+def _take_over(module: Any, name: str, new: Any) -> None:
+    blocks = inherited(module, name, new)
+    if blocks is not None:
+        new.__dict__.update(_excited_by=list(blocks), _hosting=True)
+        module.__dict__["_holding"][name] = new
+        give_class(new, type(new))
 
 
 def _unpickled(own: type[nn.Module], as_graph_module: bool) -> nn.Module:
@@ -245,8 +268,15 @@ def _graph_class(
     """A class for one instance, as fx has it: generated code is a method. Of fx's name, which fx looks for in bases."""
     keeps = keeps and not issubclass(own, fx.GraphModule)
     bases: tuple[type, ...] = (GraphRegion, own) if keeps else (GraphRegion,)
-    bases = (_Sequence, *bases) if keeps and issubclass(own, nn.Sequential) else bases
-    attributes = {"_own_class": own, "_own_graph": own_graph, "_added": added, "_host": host, "__doc__": own.__doc__}
+    bases = (Sequence, *bases) if keeps and issubclass(own, nn.Sequential) else bases
+    attributes = {
+        "_own_class": own,
+        "_own_graph": own_graph,
+        "_added": added,
+        "_host": host,
+        "__doc__": own.__doc__,
+        "_furnish": staticmethod(give_class),
+    }
     region = types.new_class("GraphModuleImpl", bases, exec_body=lambda body: body.update(attributes))
     region.__name__ = own.__name__
     return region
@@ -280,8 +310,9 @@ def _made_class(
         "_host": host,
         "forward": forward_of(own, region, host, excited=excited),
         UNSCALED: forward_of(own, region, host, excited=False),
+        "_furnish": staticmethod(give_class),
     }
-    bases = (_Sequence, Rewritten, own) if issubclass(own, nn.Sequential) else (Rewritten, own)
+    bases = (Sequence, Rewritten, own) if issubclass(own, nn.Sequential) else (Rewritten, own)
     return types.new_class(own.__name__, bases, exec_body=lambda namespace: namespace.update(body))
 
 
@@ -293,43 +324,3 @@ def overrides_module_methods(own: type[nn.Module]) -> bool:
 
 _MODULE_METHODS = {name for name, member in vars(nn.Module).items() if isinstance(member, types.FunctionType)}
 _MODULE_METHODS -= {"__init__", "forward", "extra_repr", "__repr__", "__dir__", "_get_name"}
-
-
-# ------------------------------------------------------------------------------------------------------------ containers
-class _Sequence:
-    """A Sequential in which blocks stand: to whoever counts, indexes or iterates it, they are not among its modules."""
-
-    def __len__(self) -> int:
-        return len(self._visible())
-
-    def __iter__(self) -> Iterator[nn.Module]:
-        return iter(self._visible().values())
-
-    def __getitem__(self, idx: Any) -> Any:
-        items = list(self._visible().items())
-        return self._part(OrderedDict(items[idx])) if isinstance(idx, slice) else items[idx][1]
-
-    def _part(self, modules: OrderedDict[str, nn.Module]) -> nn.Sequential:
-        """A Sequential of some of these modules, with the blocks that scale what they return."""
-        used = {id(container): container for each in modules.values() for container, _ in each.__dict__.get("_excited_by", ())}
-        held = {name: each for name, each in self._modules.items() if id(each) in used}  # type: ignore[attr-defined]
-        part = nn.Sequential(OrderedDict([*held.items(), *modules.items()]))
-        if held:
-            part.__dict__["_hosting"] = True
-            give_class(part, nn.Sequential)
-        return part
-
-    def _visible(self) -> dict[str, nn.Module]:
-        modules: dict[str, nn.Module] = self._modules  # type: ignore[attr-defined]
-        return {name: module for name, module in modules.items() if not isinstance(module, Inserted)}
-
-
-class Inserted(nn.Module):
-    """Holds the modules that a pass has inserted. They are no part of the model: capture never enters them.
-
-    Called as one of the modules around it, by who calls a model's children one after the other, it does nothing.
-    """
-
-    def forward(self, x: Any) -> Any:
-        """Return what it is given."""
-        return x

@@ -9,7 +9,8 @@ from typing import Any
 
 from torch import fx, nn
 
-from se_fx.regions.freshness import is_fresh, refuse_stale, refuse_surgery
+from se_fx.regions.freshness import is_fresh, refuse_stale
+from se_fx.regions.surgery import refuse_surgery
 
 __all__ = ["EXCITE", "INNER", "UNSCALED", "Forward", "Forwards", "by_mode", "forward_of", "functions_of", "is_leaf", "leads_to"]
 

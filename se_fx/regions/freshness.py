@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from se_fx.errors import SqueezeExciteError
+from se_fx.regions.surgery import refuse_surgery
 
-__all__ = ["Watched", "is_fresh", "refuse_stale", "refuse_surgery", "watch"]
+__all__ = ["Watched", "is_fresh", "refuse_stale", "watch"]
 
 #: Modules, the names they are known by, and what their code may have read: values, and what these hold. Built-in types alone,
 #: so that those of a copied model are about the copy's modules.
@@ -79,9 +80,10 @@ def _change(module: Any) -> str | None:
 
 
 def _exchanged(module: Any) -> str | None:
-    for leaf in module._leaves:
-        if any(map(leaf.__dict__.get, _HOOKS)):
-            return f"hooks were registered on a {leaf._own_class.__name__}, whose value a block scales"
+    for holder, name in module._leaves:
+        leaf = holder._modules.get(name)
+        if leaf is None or any(map(leaf.__dict__.get, _HOOKS)):
+            return f"hooks were registered on {name}, whose value a block scales"
     for parent, name, child in module._children:
         if parent._modules.get(name) is not child:
             return f"the module {name} was replaced"
@@ -100,36 +102,6 @@ def refuse_stale(module: Any, watched: str) -> None:
             f"{module._own_class.__name__}: since Squeeze-and-Excitation blocks were put into its code, {change}; the graph "
             "that it runs now doesn't know of that. Set it before blocks go in; or se_fx.remove() them, set it, insert again"
         )
-
-
-def refuse_surgery(module: Any) -> None:
-    """Raise where somebody has folded a norm into a convolution across a block that stands between them, or deleted a block.
-
-    Raises:
-        SqueezeExciteError: names the module, and what to do instead.
-    """
-    for name in module.__dict__.get("_holding", ()):
-        if name not in module._modules:
-            raise SqueezeExciteError(
-                f"{module._own_class.__name__}: {name} was deleted, and with it Squeeze-and-Excitation blocks that stand "
-                "there, as happens where convolutions are folded into one. Use a placement outside of what is folded, such as "
-                'placement="activation" or "residual"; or se_fx.remove() the blocks first'
-            )
-    for conv_name, norm_name, had_bias, kind in module.__dict__.get("_between", ()):
-        conv, norm = _child(module, conv_name), _child(module, norm_name)
-        gained = conv is not None and (conv._parameters.get("bias") is not None) is not had_bias
-        if norm is None or gained or (type(norm) is not kind and "norm" not in type(norm).__name__.lower()):
-            raise SqueezeExciteError(
-                f"{norm_name} was folded into {conv_name}, or replaced, and a Squeeze-and-Excitation block stands between: "
-                'outputs would be wrong. Use placement="activation" or "residual", outside of what is folded; or, instead of '
-                'fusing, se_fx.optimize_for_inference, which folds around blocks, and best with placement="norm"'
-            )
-
-
-def _child(module: Any, name: str) -> Any:
-    for part in name.split("."):
-        module = module._modules.get(part) if module is not None else None
-    return module
 
 
 def change_in(watched: Watched) -> str | None:

@@ -122,7 +122,7 @@ def run_graphs(
     as_graph_module: bool,
     watched: Watched | None = None,
     hosts: Sequence[nn.Module] = (),
-    leaves: Sequence[nn.Module] = (),
+    leaves: Sequence[tuple[nn.Module, str]] = (),
     replaceable: bool = True,
     keeps_class: bool = True,
 ) -> None:
@@ -134,7 +134,8 @@ def run_graphs(
         as_graph_module: become an `fx.GraphModule`.
         watched: what would make the graphs stale; empty, and they never are.
         hosts: the modules within in which surgery would lose blocks.
-        leaves: the modules that the graphs call, and that scale what they return where the graphs don't run.
+        leaves: the modules that the graphs call, and that scale what they return where the graphs don't run: as what holds
+            each, and its name there.
         replaceable: whether the module's code holds the same blocks, and may run where the graphs are stale.
         keeps_class: whether an `fx.GraphModule` stays of its own class too, even if that has no `train()` or the like.
     """
