@@ -7,6 +7,7 @@ import copy
 import dataclasses
 import json
 import pickle
+import random
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -188,7 +189,86 @@ def gradients(case: Case) -> Pairs:
     yield from ()
 
 
-FIRST = [again, removal, replay, deep_copy, pickled, in_place]
+def placed_in_place(case: Case) -> Pairs:
+    """`apply_squeeze_excite` with all options: the same keys as `transform`'s result, and the same function."""
+    model = case.recipe.network()
+    torch.manual_seed(0) if case.options.get("seed") is None else torch.seed()
+    se_fx.apply_squeeze_excite(model, **{"latent_channels": 64, "min_channels": 128, **case.options})
+    assert isinstance(model, type(case.model))
+    assert model.state_dict().keys() == case.result.state_dict().keys()
+    assert se_fx.Plan.of(model).sites == se_fx.Plan.of(case.result).sites
+    yield model, case.result
+    yield se_fx.remove(model), case.model
+
+
+def afterwards(case: Case) -> Pairs:
+    """Whatever is done to a result afterwards does to it what it does to the original, or an error says no."""
+    if not case.is_identity:
+        return
+    for name, change in CHANGES.items():
+        model, result, changed = case.recipe.network(), case.anew(), case.recipe.network()
+        in_place = case.recipe.network()
+        se_fx.apply_squeeze_excite(in_place, **{"latent_channels": 64, "min_channels": 128, **case.options})
+        start = {key: buffer.clone() for key, buffer in model.named_buffers()}
+        paths = [path for path, module in model.named_modules() if path and is_whole(module)]
+        path = random.Random(f"{case.recipe}{name}").choice(paths)
+        change(changed, path)
+        expected = behaviour(changed, case.recipe, start)
+        for each in (result, in_place):
+            try:
+                change(each, path)
+                found = behaviour(each, case.recipe, start)
+            except se_fx.SqueezeExciteError:
+                continue
+            if any(isinstance(leaf, type) and issubclass(leaf, se_fx.SqueezeExciteError) for leaf in found):
+                continue
+            assert_equal(found, expected)
+    yield from ()
+
+
+def is_whole(module: nn.Module) -> bool:
+    """Whether a module can be changed by itself: it is no part of another's parametrization, attention or recurrence."""
+    return type(module).forward is not nn.Module.forward and "torch.nn.utils" not in type(module).__module__
+
+
+def hook(model: nn.Module, path: str) -> None:
+    model.get_submodule(path).register_forward_hook(
+        lambda module, args, output: output * 2 if isinstance(output, Tensor) else None
+    )
+
+
+def hook_before(model: nn.Module, path: str) -> None:
+    model.get_submodule(path).register_forward_pre_hook(
+        lambda module, args: tuple(-arg if isinstance(arg, Tensor) else arg for arg in args)
+    )
+
+
+def attribute(model: nn.Module, path: str) -> None:
+    for module in model.get_submodule(path).modules():
+        if not type(module).__module__.startswith(("torch.", "se_fx")):
+            for name, value in list(module.__dict__.items()):
+                if not name.startswith("_") and name != "training" and type(value) in (bool, float):
+                    setattr(module, name, not value if type(value) is bool else value + 0.5)
+
+
+def identity(model: nn.Module, path: str) -> None:
+    model.set_submodule(path, nn.Identity())
+
+
+def own_forward(model: nn.Module, path: str) -> None:
+    module = model.get_submodule(path)
+    inner = module.forward
+    module.forward = lambda *args, **kwargs: inner(*args, **kwargs)
+
+
+def mode(model: nn.Module, path: str) -> None:
+    module, train = model.get_submodule(path), type(model).train
+    model.train = lambda training=True: (train(model, training), module.eval(), model)[-1]
+
+
+CHANGES = {each.__name__: each for each in (hook, hook_before, attribute, identity, own_forward, mode)}
+
+FIRST = [placed_in_place, afterwards, again, removal, replay, deep_copy, pickled, in_place]
 SECOND = [costs, costs_before, inference, gradients, reports]
 
 

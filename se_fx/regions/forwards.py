@@ -111,12 +111,26 @@ def _anew(function: Any) -> Forward:
 
 
 def leads_to(value: Any, forward: Forward) -> bool:
-    """Whether a function is, or wraps, as decorators and accelerate do, a method of a module."""
-    seen = 0
-    while value is not None and seen < 100:
-        function = getattr(value, "__func__", value)
+    """Whether a function is a method of a module, or has one that it may call: wrapped, in a closure, or as a part."""
+    seen: set[int] = set()
+    open_ends = [value]
+    while open_ends and len(seen) < 100:
+        function = open_ends.pop()
+        function = getattr(function, "__func__", function)
         if function is forward:
             return True
-        inner = getattr(function, "__wrapped__", None) or getattr(function, "_torchdynamo_orig_callable", None)
-        value, seen = inner, seen + 1
+        if id(function) in seen or not callable(function):
+            continue
+        seen.add(id(function))
+        open_ends += [getattr(function, name, None) for name in ("__wrapped__", "_torchdynamo_orig_callable", "func")]
+        open_ends += [cell.cell_contents for cell in getattr(function, "__closure__", None) or () if _is_filled(cell)]
+        open_ends += [*(getattr(function, "__defaults__", None) or ()), *(getattr(function, "args", None) or ())]
     return False
+
+
+def _is_filled(cell: types.CellType) -> bool:
+    try:
+        cell.cell_contents  # noqa: B018
+    except ValueError:
+        return False
+    return True

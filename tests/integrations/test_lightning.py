@@ -140,14 +140,17 @@ def test_blocks_that_no_step_reaches_are_named(tmp_path: Path) -> None:
         def forward(self, x: Tensor) -> Tensor:
             return self.model.forward_head(self.model.forward_features(self.stem(x)))
 
-    with pytest.warns(
-        UserWarning, match=r"parameters of .* blocks, 'model\.squeeze_excite\.conv1.* had no gradient in this epoch"
-    ):
-        trainer(tmp_path, SqueezeExcite(**OPTIONS)).fit(Past(), data())
     module = Past()
-    se_fx.apply_squeeze_excite(module, 4, 16)  # what the warning says
-    trainer(tmp_path).fit(module, data())
+    trainer(tmp_path, SqueezeExcite(**OPTIONS)).fit(module, data())  # methods run with their blocks
     assert all(p.grad is not None for p in module.parameters())
+
+    class Spare(Small):
+        def __init__(self) -> None:
+            super().__init__()
+            self.spare = nn.Conv2d(16, 16, 1)
+
+    with pytest.warns(UserWarning, match=r"parameters of .* blocks, 'squeeze_excite\.of_spare.* had no gradient in this epoch"):
+        trainer(tmp_path, SqueezeExcite(**OPTIONS)).fit(Spare(), data())
 
 
 def test_models_built_by_hooks(tmp_path: Path) -> None:
