@@ -199,3 +199,11 @@ def test_an_error_anywhere_leaves_everything_as_it_was() -> None:
                 model, optimizers = prepared(name)
         assert raised > len(places) / 2
     assert not faults, "\n".join(map(str, faults))
+
+
+def test_a_refusal_computes_no_weight() -> None:
+    model = nn.Sequential(nn.utils.parametrizations.spectral_norm(nn.Conv2d(3, 8, 1)), nn.BatchNorm2d(8))
+    before = {name: (buffer, buffer._version) for name, buffer in model.named_buffers()}
+    with pytest.raises(se_fx.SqueezeExciteError, match="no such place"):
+        se_fx.transform(model, placement="residual", min_channels=1)
+    assert {name: (buffer, buffer._version) for name, buffer in model.named_buffers()} == before

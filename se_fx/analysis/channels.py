@@ -133,10 +133,11 @@ class _Shapes(fx.Interpreter):
         module = self.fetch_attr(target)
         source = next(iter((*args, *kwargs.values())), None)
         if isinstance(module, nn.Conv2d):
+            like = next(module.parameters())  # a weight that is computed is changed where that is asked for
             if not _is_at_one(source):
-                return self._map(module.out_channels, module.weight)
-            bias = None if module.bias is None else module.bias.to("meta")
-            return module._conv_forward(source, module.weight.to("meta"), bias)  # type: ignore[arg-type]
+                return self._map(module.out_channels, like)
+            shape = (module.out_channels, module.in_channels // module.groups, *module.kernel_size)
+            return module._conv_forward(source, like.new_empty(shape, device="meta"), None)  # type: ignore[arg-type]
         if isinstance(module, nn.BatchNorm2d):
             like = next((t for t in (source, module.running_mean, module.weight) if isinstance(t, Tensor)), None)
             return self._map(module.num_features, like)

@@ -64,7 +64,7 @@ def forward_of(own: Any, region: Forwards | None, host: Forwards | None, *, exci
 
     def code(self: Any, *args: Any, **kwargs: Any) -> Any:
         refuse_surgery(self)
-        if in_host is not None:
+        if in_host is not None and "_host_graphs" in self.__dict__:
             refuse_stale(self, "_host_watched")
             return in_host(self, *args, **kwargs)
         if INNER in self.__dict__:
@@ -72,7 +72,7 @@ def forward_of(own: Any, region: Forwards | None, host: Forwards | None, *, exci
         return own_forward(self, *args, **kwargs)
 
     def whole(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if in_region is None or not is_fresh(self):
+        if in_region is None or "_graphs" not in self.__dict__ or not is_fresh(self):
             return code(self, *args, **kwargs)
         return in_region(self, *args, **kwargs)
 
@@ -82,7 +82,7 @@ def forward_of(own: Any, region: Forwards | None, host: Forwards | None, *, exci
         value = _recorded(self, args, kwargs) if leaf and args and isinstance(args[0], fx.Proxy) else NotImplemented
         value = whole(self, *args, **kwargs) if value is NotImplemented else value
         if excite:
-            for container, name in self._excited_by:
+            for container, name in self.__dict__.get("_excited_by", ()):  # people make others of a module's class
                 value = getattr(container, name)(value)
         return value
 
