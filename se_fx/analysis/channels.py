@@ -133,11 +133,11 @@ class _Shapes(fx.Interpreter):
         module = self.fetch_attr(target)
         source = next(iter((*args, *kwargs.values())), None)
         if isinstance(module, nn.Conv2d):
-            like = next(module.parameters())  # a weight that is computed is changed where that is asked for
+            any_of_it = next(module.parameters())  # a weight that is computed is changed where that is asked for
             if not _is_at_one(source):
-                return self._map(module.out_channels, like)
+                return self._map(module.out_channels, any_of_it)
             shape = (module.out_channels, module.in_channels // module.groups, *module.kernel_size)
-            return module._conv_forward(source, like.new_empty(shape, device="meta"), None)  # type: ignore[arg-type]
+            return module._conv_forward(source, any_of_it.new_empty(shape, device="meta"), None)  # type: ignore[arg-type]
         if isinstance(module, nn.BatchNorm2d):
             like = next((t for t in (source, module.running_mean, module.weight) if isinstance(t, Tensor)), None)
             return self._map(module.num_features, like)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +20,7 @@ from se_fx.insertion.insert_blocks import InsertBlocks
 from se_fx.placement import Spot
 from se_fx.regions import (
     EXCITE,
+    Inserted,
     add_constants,
     clone,
     copied,
@@ -227,6 +229,7 @@ class _Furnished:
             {training: edited[graph] for training, graph in region.graphs.items()},
             as_graph_module=not region.path,
             watched=watch([(path, each, own_class(each)) for path, each in inner]),
+            children=list(_fixed_children(module, dict.fromkeys(edited.values()))),
             hosts=hosts,
             leaves=leaves,
             replaceable=not self.homeless,
@@ -260,6 +263,21 @@ def _shared_with_others(model: nn.Module, path: str) -> set[str]:
     named = list(model.named_modules(remove_duplicate=False))
     outside = {module for name, module in named if not name.startswith(prefix)}
     return {name.removeprefix(prefix) for name, module in named if name.startswith(prefix) and module in outside}
+
+
+def _fixed_children(module: nn.Module, graphs: Iterable[fx.Graph]) -> Iterator[tuple[nn.Module, str, nn.Module | None]]:
+    """The modules in a region, with what holds each, that its graphs don't call by the only name that they have."""
+    called = {str(node.target) for graph in graphs for node in graph.nodes if node.op == "call_module"}
+    names = Counter(id(each) for _, each in module.named_modules(remove_duplicate=False))
+    outside: list[str] = []
+    for path, holder in module.named_modules(remove_duplicate=False):
+        if path in called or isinstance(holder, Inserted) or any(path.startswith(f"{outer}.") for outer in outside):
+            outside.append(path)
+            continue
+        prefix = f"{path}." if path else ""
+        for name, child in holder._modules.items():
+            if f"{prefix}{name}" not in called or names[id(child)] > 1:
+                yield holder, name, child
 
 
 def _paths(call: Call) -> Iterator[str]:

@@ -121,6 +121,7 @@ def run_graphs(
     *,
     as_graph_module: bool,
     watched: Watched | None = None,
+    children: Sequence[tuple[nn.Module, str, nn.Module | None]] = (),
     hosts: Sequence[nn.Module] = (),
     leaves: Sequence[tuple[nn.Module, str]] = (),
     replaceable: bool = True,
@@ -133,6 +134,7 @@ def run_graphs(
         graphs: by `training`; one object under both keys where the modes agree.
         as_graph_module: become an `fx.GraphModule`.
         watched: what would make the graphs stale; empty, and they never are.
+        children: modules that make them stale when they are replaced: what holds each, and its name there.
         hosts: the modules within in which surgery would lose blocks.
         leaves: the modules that the graphs call, and that scale what they return where the graphs don't run: as what holds
             each, and its name there.
@@ -141,12 +143,10 @@ def run_graphs(
     """
     own, own_graph = own_class(module), _own_graph(module)
     added: tuple[str, ...] = ()
-    children = [(parent, name, child) for _, parent, _ in watched or () for name, child in parent._modules.items()]
-    inner = {child for _, child, _ in watched or ()}
     module.__dict__.update(
         _graphs=dict(graphs),
         _watched=watched or [],
-        _children=[each for each in children if each[2] in inner],
+        _children=list(children),
         _hosts=list(hosts),
         _leaves=list(leaves),
         _replaceable=replaceable,
