@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Set
 from typing import Any
 
 import torch
@@ -36,6 +37,7 @@ class Tracing:
         entered: all modules whose code is to be looked into.
         modes: the values of `training` to trace it for.
         written: gains the ids of the modules that code writes to. These can be part of no graph but of their own callers' code.
+        finer: more modules whose code is to be looked into, in training mode alone.
 
     Attributes:
         opaque: the submodules that stay calls, by name in the module, each with the reason.
@@ -44,10 +46,16 @@ class Tracing:
     """
 
     def __init__(
-        self, module: nn.Module, entered: set[nn.Module], modes: tuple[bool, ...], written: set[int] | None = None
+        self,
+        module: nn.Module,
+        entered: set[nn.Module],
+        modes: tuple[bool, ...],
+        written: set[int] | None = None,
+        finer: Set[nn.Module] = frozenset(),
     ) -> None:
         self.module = module
-        self.entered = entered
+        self.by_mode = {True: entered | finer, False: entered}
+        self.entered = entered | finer
         self.modes = modes
         self.opaque: dict[str, str] = {}
         self.constants = constants_of(module)
@@ -55,7 +63,7 @@ class Tracing:
         self.snapshot = Snapshot(module, written)
         self._leave_alone_what_is_written()
         for name, child in module.named_modules():
-            if child is module or child not in entered:
+            if child is module or child not in self.entered:
                 continue
             if hooked(child):
                 self.opaque[name] = "has hooks, which a graph would drop"
@@ -87,7 +95,7 @@ class Tracing:
         if "forward" in self.module.__dict__:
             raise Untraceable("its forward was replaced on the instance", self.called)
         self.snapshot.set_mode(training)
-        tracer = Tracer(self.opaque, self.entered, defaults, self.snapshot, watch)
+        tracer = Tracer(self.opaque, self.by_mode[training], defaults, self.snapshot, watch)
         randomness = random_state()
         try:
             graph = tracer.trace(self.module)

@@ -1,0 +1,156 @@
+"""Optimisation for training: a model's training graphs, rewritten so that autograd keeps nothing for Squeeze-and-Excitation."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from se_fx.analysis import is_plain, modules_of
+from se_fx.arguments import chosen_names
+from se_fx.capture import Capture, Region, capture, collector_paused, has_traced_hooks
+from se_fx.cost import activation_bytes, as_call
+from se_fx.regions import add_constants, clone, copied, hooked, own_class, restore_code, run_graphs, view
+from se_fx.rewrites import (
+    TRAINING_REWRITES,
+    Keeping,
+    Optimization,
+    Step,
+    Tail,
+    TrainingRewrite,
+    bare,
+    give_optimization,
+    optimization_of,
+    tail_of,
+)
+
+__all__ = ["optimize_for_training"]
+
+
+def optimize_for_training(
+    model: nn.Module, example_inputs: Any = None, *, rewrites: Iterable[str] | None = None
+) -> nn.Module:
+    """A copy of `model` that keeps no feature map for Squeeze-and-Excitation in training. The model itself is left as it is.
+
+    What the products with gates, and the layers after them, keep for the backward pass is computed again in it, from what the
+    norms and activations before keep anyway. Works on se_fx's blocks and on those of others, recognised by what they compute.
+    Outputs and running statistics are the model's bit for bit; gradients are its up to rounding.
+
+    The copy has the same parameters and buffers, the very same objects, under the same keys: optimizers made for the model
+    train it, and checkpoints of one load into the other. It runs in either mode, under autocast, in distributed training, with
+    activation checkpointing around it; `torch.compile` decides by itself what to compute again, and compiles it as the model.
+
+    The rewrites, in their order (`se_fx.rewrites.TRAINING_REWRITES`):
+
+    - ``recompute_products``: for what a product with a gate keeps of its map;
+    - ``recompute_readers``: for what the convolution, norm or activation after it keeps.
+
+    ``print(se_fx.report(optimized))`` tells what was done where, and why not elsewhere.
+
+    Args:
+        model: any module, not yet compiled, scripted or wrapped; in either mode.
+        example_inputs: a tensor, a tuple of positional or a dict of keyword arguments. With them, the report counts the bytes
+            that autograd keeps, before and after. Nothing is computed on them.
+        rewrites: names of the rewrites to apply; None for all.
+
+    Raises:
+        SqueezeExciteError: an argument is not what is expected.
+
+    >>> from se_fx import SqueezeExcite2d, report
+    >>> net = nn.Sequential(nn.Conv2d(3, 32, 3), nn.BatchNorm2d(32), SqueezeExcite2d(32), nn.Conv2d(32, 8, 1))
+    >>> for step in report(optimize_for_training(net)).steps:
+    ...     for change in step.changes:
+    ...         print(f"{change.place}: {change.detail}")
+    1: is computed again from what 1 keeps
+    1: is scaled again for 3
+    """
+    chosen = chosen_names("rewrites", rewrites, TRAINING_REWRITES)
+    if example_inputs is not None:
+        as_call(example_inputs)
+    if isinstance(model, nn.Module) and optimization_of(model, "training") is not None:
+        return clone(model)
+    with torch.inference_mode(False), collector_paused():
+        captured = capture(model, training=True)
+        return _optimized(captured, {name: TRAINING_REWRITES[name] for name in chosen}, example_inputs)
+
+
+def _optimized(captured: Capture, rewrites: dict[str, TrainingRewrite], example_inputs: Any) -> nn.Module:
+    model = captured.model
+    views = {region.path: _views(model, region) for region in captured.regions if region.graphs is not None}
+    keepings = {path: Keeping(by_mode[True], _tails(by_mode[True])) for path, by_mode in views.items()}
+    kept = before = None if example_inputs is None else activation_bytes(model, example_inputs)
+    steps, changed = [], set()
+    for name, rewrite in rewrites.items():
+        changes = []
+        for path, keeping in keepings.items():
+            found = [dataclasses.replace(each, place=f"{path}.{each.place}".lstrip(".")) for each in rewrite(keeping)]
+            keeping.graph.lint()
+            changed |= {path} if any(each.applied for each in found) else set()
+            changes += found
+        less = None
+        if kept is not None:
+            after = activation_bytes(_assembled(captured, views, changed), example_inputs)
+            less, kept = (None, None) if after is None else (kept - after, after)
+        steps.append(Step(name, tuple(changes), kept_less=less))
+    optimized = _assembled(captured, views, changed)
+    opaque = tuple(captured.opaque.items())
+    record = Optimization(own_class(model).__name__, tuple(steps), opaque=opaque, purpose="training", kept=before)
+    give_optimization(optimized, record)
+    return optimized
+
+
+def _views(model: nn.Module, region: Region) -> dict[bool, fx.GraphModule]:
+    """A region's graphs of both modes, over a module of its own."""
+    module = clone(model.get_submodule(region.path))
+    restore_code(module)
+    add_constants(module, region.constants)
+    graphs = region.graphs or {}
+    return {training: view(module, copied(graphs[training])[0]) for training in (True, False)}
+
+
+def _tails(region: fx.GraphModule) -> dict[str, Tail]:
+    """What the norms of others that a graph calls do after normalising, the same in both modes."""
+    modules, found = modules_of(region), {}
+    for name in sorted({str(node.target) for node in region.graph.nodes if node.op == "call_module"}):
+        module = modules[name]
+        if not isinstance(module, _BatchNorm) or is_plain(module) or hooked(module):
+            continue
+        regions = capture(module, finely=True, training=True).regions
+        if len(regions) != 1 or regions[0].path or regions[0].graphs is None:
+            continue
+        tails = {tail_of(each) for each in _views(module, regions[0]).values()}
+        tail = tails.pop()
+        if not tails and tail is not None:
+            found[name] = tail
+    return found
+
+
+def _assembled(captured: Capture, views: dict[str, dict[bool, fx.GraphModule]], changed: set[str]) -> nn.Module:
+    """A copy of the model whose changed regions run the graphs of `views`; all else is as it was."""
+    model = clone(captured.model)
+    for region in captured.regions:
+        if region.path in changed:
+            module = model.get_submodule(region.path)
+            as_graph_module = isinstance(module, fx.GraphModule)
+            restore_code(module)
+            add_constants(module, region.constants)
+            graphs = {training: copied(each.graph)[0] for training, each in views[region.path].items()}
+            _without_hooks(module, graphs[True])
+            run_graphs(module, {mode: view(module, graph) for mode, graph in graphs.items()}, as_graph_module=as_graph_module)
+    return model
+
+
+def _without_hooks(module: nn.Module, graph: fx.Graph) -> None:
+    """Have a graph call convs without the hooks that it holds the code of: those of blocks on lone convs."""
+    for node in list(graph.nodes):
+        called = module.get_submodule(str(node.target)) if node.op == "call_module" else None
+        if called is not None and has_traced_hooks(called) and any(True for _ in called.children()):
+            with graph.inserting_before(node):
+                new = graph.call_function(bare, (graph.get_attr(str(node.target)), *node.args), dict(node.kwargs))
+            new.meta = {**node.meta, "is_wrapped": True}
+            node.replace_all_uses_with(new)
+            graph.erase_node(node)

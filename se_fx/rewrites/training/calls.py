@@ -1,0 +1,162 @@
+"""What graphs call so that less is kept: norms, products and whatever reads these, as they are, with recipes beside.
+
+Each does exactly what it stands for, and so in eager mode without gradients, and in compiled code, nothing besides.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from se_fx.regions import hooked
+from se_fx.rewrites.training.recipes import Recipe, is_kept, recomputed
+
+__all__ = ["bare", "held", "normalized", "product", "reading", "repeated", "scaled"]
+
+Callee = nn.Module | str  # a module, or a function of PyTorch's by its qualified name
+
+
+def normalized(norm: Callee, value: Tensor, recipe: Recipe | None, *args: Any, **kwargs: Any) -> tuple[Any, Recipe | None]:
+    """``norm(value)``, and the recipe of what its batch normalisation gives, from what that keeps.
+
+    Args:
+        norm: runs `F.batch_norm`, perhaps among other things.
+        value: its input.
+        recipe: how to compute that again; None to keep it.
+        *args: more arguments.
+        **kwargs: more arguments.
+    """
+    call = _called(norm)
+    if torch.compiler.is_compiling() or not is_kept(value) or _is_hooked(norm):
+        return call(value, *args, **kwargs), None
+    watch = _Watch(value, recipe)
+    with watch:
+        if recipe is None:
+            return call(value, *args, **kwargs), watch.recipe
+        with recomputed(value, recipe):
+            return call(value, *args, **kwargs), watch.recipe
+
+
+class _Watch(TorchFunctionMode):
+    """Has a batch normalisation tell which statistics it used, by the operator that PyTorch has for it."""
+
+    def __init__(self, value: Tensor, source: Recipe | None) -> None:
+        super().__init__()
+        self.value, self.source, self.recipe = value, source, None  # type: Tensor, Recipe | None, Recipe | None
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is F.batch_norm:
+            return self._batch_norm(*args, **kwargs or {})
+        return func(*args, **kwargs or {})
+
+    def _batch_norm(
+        self,
+        input: Tensor,
+        running_mean: Tensor | None,
+        running_var: Tensor | None,
+        weight: Tensor | None = None,
+        bias: Tensor | None = None,
+        training: bool = False,
+        momentum: float = 0.1,
+        eps: float = 1e-5,
+    ) -> Tensor:
+        given = (input, running_mean, running_var, weight, bias, training, momentum, eps)
+        if input is not self.value or self.recipe is not None or input.numel() == input.shape[1]:
+            return F.batch_norm(*given)
+        source = input if self.source is None else self.source
+        if not training:
+            self.recipe = Recipe(_Fixed(eps), source, weight, bias, running_mean, running_var)
+            return F.batch_norm(*given)
+        operands = (input, weight, bias, running_mean, running_var)
+        result, mean, invstd, *_ = torch._batch_norm_impl_index(*operands, True, momentum, eps, torch.backends.cudnn.enabled)
+        self.recipe = Recipe(_Normalized(eps), source, weight, bias, mean, invstd)
+        return result  # type: ignore[no-any-return]
+
+
+class _Fixed:
+    """A batch normalisation with fixed statistics."""
+
+    def __init__(self, eps: float) -> None:
+        self.eps = eps
+
+    def __call__(self, input: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, var: Tensor) -> Tensor:
+        return F.batch_norm(input, mean, var, weight, bias, False, 0.0, self.eps)
+
+
+class _Normalized:
+    """A batch normalisation with the statistics it had: (x - mean) * invstd * weight + bias, in one pass."""
+
+    def __init__(self, eps: float) -> None:
+        self.eps = eps
+
+    def __call__(self, input: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, invstd: Tensor) -> Tensor:
+        if mean.dtype not in (torch.float32, torch.float64):  # rounded: the batch itself knows better
+            return torch.native_batch_norm(input, weight, bias, None, None, True, 0.0, self.eps)[0]
+        weight, bias = (each if each is None else each.to(mean.dtype) for each in (weight, bias))
+        return torch.native_batch_norm(input, weight, bias, mean, invstd**-2, False, 0.0, 0.0)[0]
+
+
+def held(value: Tensor) -> Recipe | None:
+    """The recipe of a value that is kept anyway."""
+    return None if torch.compiler.is_compiling() or not is_kept(value) else Recipe(_same, value)
+
+
+def _same(value: Tensor) -> Tensor:
+    return value
+
+
+def repeated(callee: Callee, recipe: Recipe | None, *args: Any, **kwargs: Any) -> Recipe | None:
+    """The recipe of what a module or function, which knows nothing but its input, gives for a value with one."""
+    if recipe is None or _is_hooked(callee):
+        return None
+    call = callee.forward if isinstance(callee, nn.Module) else _called(callee)
+    return Recipe(functools.partial(_with, call, args, kwargs) if args or kwargs else call, recipe)
+
+
+def _with(call: Any, args: Any, kwargs: Any, value: Tensor) -> Any:
+    return call(value, *args, **kwargs)
+
+
+def scaled(recipe: Recipe | None, gate: Tensor) -> Recipe | None:
+    """The recipe of the product of a value with one and its gate."""
+    return None if recipe is None else Recipe(torch.mul, recipe, gate, shares=True)
+
+
+def product(value: Tensor, gate: Tensor, recipe: Recipe | None) -> Tensor:
+    """``value * gate``, for which only the recipe of the value is kept, if there is one."""
+    if recipe is None or not is_kept(value):
+        return value * gate
+    with recomputed(value, recipe):
+        return value * gate
+
+
+def reading(callee: Callee, value: Tensor, recipe: Recipe | None, *args: Any, **kwargs: Any) -> Any:
+    """``callee(value)``, for which only the recipe of the value is kept, if there is one."""
+    call = _called(callee)
+    if recipe is None or not is_kept(value):
+        return call(value, *args, **kwargs)
+    with recomputed(value, recipe):
+        return call(value, *args, **kwargs)
+
+
+def bare(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """What a module computes without its hooks, whose code is in the graph."""
+    return module.forward(*args, **kwargs)
+
+
+def _called(callee: Callee) -> Any:
+    if isinstance(callee, nn.Module):
+        return callee
+    found: Any = torch
+    for name in callee.removeprefix("torch.").split("."):
+        found = getattr(found, name)
+    return found
+
+
+def _is_hooked(callee: Callee) -> bool:
+    return isinstance(callee, nn.Module) and hooked(callee)
