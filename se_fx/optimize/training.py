@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Iterable
 from typing import Any
 
@@ -10,7 +11,6 @@ import torch
 from torch import fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from se_fx.analysis import is_plain, modules_of
 from se_fx.arguments import chosen_names
 from se_fx.capture import Capture, Region, capture, collector_paused, has_traced_hooks
 from se_fx.cost import activation_bytes, as_call
@@ -31,9 +31,7 @@ from se_fx.rewrites import (
 __all__ = ["optimize_for_training"]
 
 
-def optimize_for_training(
-    model: nn.Module, example_inputs: Any = None, *, rewrites: Iterable[str] | None = None
-) -> nn.Module:
+def optimize_for_training(model: nn.Module, example_inputs: Any = None, *, rewrites: Iterable[str] | None = None) -> nn.Module:
     """A copy of `model` that keeps no feature map for Squeeze-and-Excitation in training. The model itself is left as it is.
 
     What the products with gates, and the layers after them, keep for the backward pass is computed again in it, from what the
@@ -81,7 +79,7 @@ def optimize_for_training(
 def _optimized(captured: Capture, rewrites: dict[str, TrainingRewrite], example_inputs: Any) -> nn.Module:
     model = captured.model
     views = {region.path: _views(model, region) for region in captured.regions if region.graphs is not None}
-    keepings = {path: Keeping(by_mode[True], _tails(by_mode[True])) for path, by_mode in views.items()}
+    keepings = {path: Keeping(by_mode[True], functools.partial(_tail, by_mode[True])) for path, by_mode in views.items()}
     kept = before = None if example_inputs is None else activation_bytes(model, example_inputs)
     steps, changed = [], set()
     for name, rewrite in rewrites.items():
@@ -112,21 +110,16 @@ def _views(model: nn.Module, region: Region) -> dict[bool, fx.GraphModule]:
     return {training: view(module, copied(graphs[training])[0]) for training in (True, False)}
 
 
-def _tails(region: fx.GraphModule) -> dict[str, Tail]:
-    """What the norms of others that a graph calls do after normalising, the same in both modes."""
-    modules, found = modules_of(region), {}
-    for name in sorted({str(node.target) for node in region.graph.nodes if node.op == "call_module"}):
-        module = modules[name]
-        if not isinstance(module, _BatchNorm) or is_plain(module) or hooked(module):
-            continue
-        regions = capture(module, finely=True, training=True).regions
-        if len(regions) != 1 or regions[0].path or regions[0].graphs is None:
-            continue
-        tails = {tail_of(each) for each in _views(module, regions[0]).values()}
-        tail = tails.pop()
-        if not tails and tail is not None:
-            found[name] = tail
-    return found
+def _tail(region: fx.GraphModule, name: str) -> Tail | None:
+    """What a norm of others that a graph calls does after normalising, if that is the same in both modes."""
+    module = region.get_submodule(name)
+    if not isinstance(module, _BatchNorm) or hooked(module):
+        return None
+    regions = capture(module, finely=True, training=True).regions
+    if len(regions) != 1 or regions[0].path or regions[0].graphs is None:
+        return None
+    train, evaluate = (tail_of(each) for each in _views(module, regions[0]).values())
+    return train if train == evaluate else None
 
 
 def _assembled(captured: Capture, views: dict[str, dict[bool, fx.GraphModule]], changed: set[str]) -> nn.Module:

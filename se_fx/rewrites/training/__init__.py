@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from se_fx.rewrites.change import Change
 from se_fx.rewrites.training.calls import bare
 from se_fx.rewrites.training.keeping import Keeping
+from se_fx.rewrites.training.recompute_activations import recompute_activations
 from se_fx.rewrites.training.recompute_products import recompute_products
 from se_fx.rewrites.training.recompute_readers import recompute_readers
 from se_fx.rewrites.training.tails import Tail, tail_of
@@ -20,6 +21,7 @@ TrainingRewrite = Callable[[Keeping], Iterator[Change]]
 
 #: All rewrites for training by name, in the order they are applied in.
 TRAINING_REWRITES: dict[str, TrainingRewrite] = {
+    "recompute_activations": recompute_activations,
     "recompute_products": recompute_products,
     "recompute_readers": recompute_readers,
 }

@@ -6,6 +6,7 @@ Each does exactly what it stands for, and so in eager mode without gradients, an
 from __future__ import annotations
 
 import functools
+import inspect
 from typing import Any
 
 import torch
@@ -14,45 +15,57 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from se_fx.regions import hooked
-from se_fx.rewrites.training.recipes import Recipe, is_kept, recomputed
+from se_fx.rewrites.training.recipes import Recipe, Recomputed, is_kept
 
-__all__ = ["bare", "held", "normalized", "product", "reading", "repeated", "scaled"]
+__all__ = ["OutOfPlace", "activated", "bare", "held", "normalized", "product", "reading", "repeated", "scaled"]
 
 Callee = nn.Module | str  # a module, or a function of PyTorch's by its qualified name
 
 
-def normalized(norm: Callee, value: Tensor, recipe: Recipe | None, *args: Any, **kwargs: Any) -> tuple[Any, Recipe | None]:
-    """``norm(value)``, and the recipe of what its batch normalisation gives, from what that keeps.
+def normalized(
+    norm: Callee, value: Tensor, recipe: Recipe | None, tail: str, *args: Any, **kwargs: Any
+) -> tuple[Any, Recipe | None]:
+    """``norm(value)``, and the recipe of it, from what its batch normalisation keeps.
 
     Args:
-        norm: runs `F.batch_norm`, perhaps among other things.
+        norm: runs `F.batch_norm`, and what there is besides.
         value: its input.
         recipe: how to compute that again; None to keep it.
+        tail: what the activations that it runs afterwards are to keep: see `activated`.
         *args: more arguments.
         **kwargs: more arguments.
     """
     call = _called(norm)
     if torch.compiler.is_compiling() or not is_kept(value) or _is_hooked(norm):
         return call(value, *args, **kwargs), None
-    watch = _Watch(value, recipe)
-    with watch:
-        if recipe is None:
-            return call(value, *args, **kwargs), watch.recipe
-        with recomputed(value, recipe):
-            return call(value, *args, **kwargs), watch.recipe
+    watch = _Watch(value, recipe, tail)
+    with watch, Recomputed(value, recipe):
+        result = call(value, *args, **kwargs)
+    return result, watch.recipe if watch.result is result else None
 
 
 class _Watch(TorchFunctionMode):
-    """Has a batch normalisation tell which statistics it used, by the operator that PyTorch has for it."""
+    """Has a norm tell how its result is computed: by which statistics, and what runs on what they give."""
 
-    def __init__(self, value: Tensor, source: Recipe | None) -> None:
+    def __init__(self, value: Tensor, source: Recipe | None, tail: str) -> None:
         super().__init__()
-        self.value, self.source, self.recipe = value, source, None  # type: Tensor, Recipe | None, Recipe | None
+        self.value, self.source, self.tail = value, source, tail
+        self.result: Any = None
+        self.recipe: Recipe | None = None
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is F.batch_norm:
-            return self._batch_norm(*args, **kwargs or {})
-        return func(*args, **kwargs or {})
+        kwargs = kwargs or {}
+        if func is F.batch_norm and self.result is None:
+            self.result = self._batch_norm(*args, **kwargs)
+            return self.result
+        if self.recipe is not None and args and args[0] is self.result:
+            again = Recipe(functools.partial(_applied, func, args[1:], kwargs), self.recipe)
+            self.result, self.recipe = (
+                _keeping_recipes(func, self.result, self.recipe, again, args[1:], kwargs, self.tail),
+                again,
+            )
+            return self.result
+        return func(*args, **kwargs)
 
     def _batch_norm(
         self,
@@ -66,7 +79,7 @@ class _Watch(TorchFunctionMode):
         eps: float = 1e-5,
     ) -> Tensor:
         given = (input, running_mean, running_var, weight, bias, training, momentum, eps)
-        if input is not self.value or self.recipe is not None or input.numel() == input.shape[1]:
+        if input is not self.value or input.numel() == input.shape[1]:
             return F.batch_norm(*given)
         source = input if self.source is None else self.source
         if not training:
@@ -75,7 +88,65 @@ class _Watch(TorchFunctionMode):
         operands = (input, weight, bias, running_mean, running_var)
         result, mean, invstd, *_ = torch._batch_norm_impl_index(*operands, True, momentum, eps, torch.backends.cudnn.enabled)
         self.recipe = Recipe(_Normalized(eps), source, weight, bias, mean, invstd)
-        return result  # type: ignore[no-any-return]
+        return result
+
+
+def activated(
+    callee: Callee, value: Tensor, recipe: Recipe | None, again: Recipe | None, how: str, *args: Any, **kwargs: Any
+) -> Any:
+    """``callee(value)``, for which only recipes are kept, if there are any.
+
+    Args:
+        callee: an activation.
+        value: its input.
+        recipe: how to compute that again.
+        again: how to compute the result again.
+        how: "as ever": keep what it keeps; "recipes": keep these instead; "apart": those, and don't work in place, for which
+            the input would be copied first.
+        *args: more arguments.
+        **kwargs: more arguments.
+    """
+    call = _called(callee)
+    if recipe is None or again is None or not is_kept(value) or _is_hooked(callee):
+        return call(value, *args, **kwargs)
+    return _keeping_recipes(call, value, recipe, again, args, kwargs, how)
+
+
+def _keeping_recipes(call: Any, value: Tensor, recipe: Recipe, again: Recipe, args: Any, kwargs: Any, how: str) -> Any:
+    if how == "as ever":
+        return call(value, *args, **kwargs)
+    keeps = Recomputed(value, recipe, settles=True)
+    with keeps:
+        result = _applied(call, args, kwargs, value) if how == "apart" else call(value, *args, **kwargs)
+    keeps.settle(result, again)
+    return result
+
+
+def _applied(call: Any, args: Any, kwargs: Any, value: Tensor) -> Any:
+    """What a function gives for a value, which is left as it is."""
+    with OutOfPlace():
+        return call(value, *args, **kwargs)
+
+
+class OutOfPlace(TorchFunctionMode):
+    """Within, no activation works in place."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs, place = kwargs or {}, _place_of_flag(func)
+        if kwargs.get("inplace"):
+            kwargs = {**kwargs, "inplace": False}
+        elif place is not None and len(args) > place:
+            args = (*args[:place], False, *args[place + 1 :])
+        return func(*args, **kwargs)
+
+
+@functools.lru_cache(maxsize=256)
+def _place_of_flag(func: Any) -> int | None:
+    """Where a function of `torch.nn.functional` has the flag that it may work in place."""
+    if not inspect.isfunction(func):
+        return None
+    names = list(inspect.signature(func).parameters)
+    return names.index("inplace") if "inplace" in names else None
 
 
 class _Fixed:
@@ -115,23 +186,19 @@ def repeated(callee: Callee, recipe: Recipe | None, *args: Any, **kwargs: Any) -
     if recipe is None or _is_hooked(callee):
         return None
     call = callee.forward if isinstance(callee, nn.Module) else _called(callee)
-    return Recipe(functools.partial(_with, call, args, kwargs) if args or kwargs else call, recipe)
-
-
-def _with(call: Any, args: Any, kwargs: Any, value: Tensor) -> Any:
-    return call(value, *args, **kwargs)
+    return Recipe(functools.partial(_applied, call, args, kwargs), recipe)
 
 
 def scaled(recipe: Recipe | None, gate: Tensor) -> Recipe | None:
     """The recipe of the product of a value with one and its gate."""
-    return None if recipe is None else Recipe(torch.mul, recipe, gate, shares=True)
+    return None if recipe is None else Recipe(torch.mul, recipe, gate)
 
 
 def product(value: Tensor, gate: Tensor, recipe: Recipe | None) -> Tensor:
     """``value * gate``, for which only the recipe of the value is kept, if there is one."""
     if recipe is None or not is_kept(value):
         return value * gate
-    with recomputed(value, recipe):
+    with Recomputed(value, recipe):
         return value * gate
 
 
@@ -140,7 +207,7 @@ def reading(callee: Callee, value: Tensor, recipe: Recipe | None, *args: Any, **
     call = _called(callee)
     if recipe is None or not is_kept(value):
         return call(value, *args, **kwargs)
-    with recomputed(value, recipe):
+    with Recomputed(value, recipe):
         return call(value, *args, **kwargs)
 
 

@@ -1,11 +1,12 @@
 """Keeping: what autograd keeps of a training graph's values, and from what they could be computed again.
 
-Operators are asked themselves: each is run on meta tensors, and hooks note which of its inputs it keeps, and whether its result.
+All of it is found before the first rewrite, so that these need only edit.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,14 +16,31 @@ from torch import fx, nn
 from torch.fx.node import _get_qualified_name
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from se_fx.analysis import called, runs_pytorch
+from se_fx.analysis import called, is_plain, runs_pytorch
 from se_fx.rewrites.algebra import Algebra
 from se_fx.rewrites.change import place_of
 from se_fx.rewrites.terms import Scale
-from se_fx.rewrites.training.kept import Kept, kept_by
+from se_fx.rewrites.training.kept import Kept, is_left, kept_by
 from se_fx.rewrites.training.tails import Tail
 
-__all__ = ["Keeping", "Unit", "name_of"]
+__all__ = ["Keeping", "Unit", "Way", "name_of"]
+
+
+@dataclass(frozen=True)
+class Way:
+    """From what a value can be computed again.
+
+    Attributes:
+        source: a norm, or a value that is kept anyway; None where there is no way.
+        steps: what is computed from the source to give the value, in order.
+        is_norm: whether the source is the result of a norm, which keeps what that is computed again from.
+        reason: why there is none.
+    """
+
+    source: fx.Node | None = None
+    steps: tuple[fx.Node, ...] = ()
+    is_norm: bool = False
+    reason: str = ""
 
 
 @dataclass(frozen=True)
@@ -31,27 +49,17 @@ class Unit:
 
     Attributes:
         scale: the product.
-        source: a norm, which keeps what its result is computed again from, or a value that is kept itself; None where the map
-            can't be computed again.
-        steps: what is computed from the source to give the map, in order.
-        reason: why the product goes on keeping the map; empty where it needs not.
+        way: to its map, from the nearest of what is kept anyway.
+        from_norm: to its map, from a norm, through activations that need keep nothing then.
         readers: what keeps the product, and could compute it again.
         unread: why there are none of these.
     """
 
     scale: Scale
-    source: fx.Node | None = None
-    steps: tuple[fx.Node, ...] = ()
-    reason: str = ""
+    way: Way
+    from_norm: Way
     readers: tuple[fx.Node, ...] = ()
     unread: str = ""
-
-
-@dataclass(frozen=True)
-class _Way:
-    source: fx.Node | None = None
-    steps: tuple[fx.Node, ...] = ()
-    reason: str = ""
 
 
 @dataclass
@@ -72,34 +80,40 @@ class Keeping(Algebra):
 
     Args:
         module: the graph module.
-        tails: what norms of others do after normalising, by their names.
+        tail: what a norm of others does after normalising, by its name; None where that can't be told.
 
     Attributes:
         units: the products of feature maps and gates, as they are before any rewrite.
+        how: how activations behind norms can keep recipes alone, see `activated`; None where they can't.
         woven: what rewrites have put in.
     """
 
-    def __init__(self, module: fx.GraphModule, tails: Mapping[str, Tail]) -> None:
+    def __init__(self, module: fx.GraphModule, tail: Callable[[str], Tail | None]) -> None:
         super().__init__(module)
-        self.tails, self.woven = tails, Woven()
+        self.tail, self.woven = functools.cache(tail), Woven()
         self._kept: dict[fx.Node, Kept | None] = {}
         self._norms: dict[fx.Node, bool] = {}
         self.units = tuple(self._unit(scale) for scale in self.scales())
+        self.how = {step: self._how(step) for unit in self.units for step in unit.from_norm.steps}
 
     def _unit(self, scale: Scale) -> Unit:
-        if scale.value in self.effects.of(scale.node).writes or scale.gate in self.effects.of(scale.node).writes:
-            return Unit(scale, reason="is scaled in place", unread="is scaled in place")
-        way = self._way(scale)
+        if {scale.value, scale.gate} & self.effects.of(scale.node).writes:
+            reason = "is scaled in place"
+            return Unit(scale, Way(reason=reason), Way(reason=reason), unread=reason)
         readers = self._readers(scale)
-        unread = readers if isinstance(readers, str) else ""
-        found = () if isinstance(readers, str) else readers
-        return Unit(scale, way.source, way.steps, way.reason, found, unread)
+        found, unread = ((), readers) if isinstance(readers, str) else (readers, "")
+        return Unit(scale, *self._ways(scale), found, unread)
 
     def now(self, scale: Scale) -> tuple[fx.Node, fx.Node, fx.Node]:
         """A product, its map and the gate that it is multiplied by, as they are in the graph by now."""
         node, value = (self.woven.values.get(each, each) for each in (scale.node, scale.value))
-        first, second = self._operands(scale.node) if node is scale.node else node.args[:2]
-        return node, value, second if first is value else first
+        operands: tuple[Any, ...] = self._operands(scale.node) if node is scale.node else node.args
+        return node, value, operands[1] if operands[0] is value else operands[0]
+
+    def pair(self, norm: fx.Node) -> fx.Node:
+        """The call that gives a norm's result with its recipe, where a rewrite has put one."""
+        (found,) = self.woven.values[norm].all_input_nodes
+        return found
 
     # ------------------------------------------------------------------------------------------------ what is kept
     def kept(self, node: fx.Node) -> Kept | None:
@@ -121,38 +135,65 @@ class Keeping(Algebra):
             return False
         if isinstance(module, _BatchNorm):
             is_plain = type(module).forward is _BatchNorm.forward and runs_pytorch(node, self.modules)
-            return is_plain or str(node.target) in self.tails
+            return is_plain or self.tail(str(node.target)) is not None
         return node.op == "call_function" and node.target is F.batch_norm and name_of(node) is not None
 
     # ------------------------------------------------------------------------------------- from what maps could be made
-    def _way(self, scale: Scale) -> _Way:
-        """From what is kept anyway to a product's map."""
-        others = [reader for reader in scale.value.users if reader is not scale.node]
-        for other in others:
-            kept = self.kept(other)
-            if kept is not None and scale.value in kept.inputs and not self._is_scale(other):
-                return _Way(scale.value, reason=f"{place_of(other)} keeps it anyway")
-        node, last, steps = scale.value, scale.node, []
+    def _ways(self, scale: Scale) -> tuple[Way, Way]:
+        """From what is kept anyway to a product's map, and from a norm."""
+        near: Way | None = None
+        steps: list[fx.Node] = []
+        node, last = scale.value, scale.node
         while True:
+            way = tuple(steps[::-1])
+            keeper = self._keeper(node, last)
+            if keeper is not None:
+                reason = f"{place_of(keeper)} keeps it anyway"
+                return near or (Way(node, way) if steps else Way(reason=reason)), Way(reason=reason)
             if self.effects.may_change(node, node, last):
-                return _Way(reason=f"what {place_of(node)} gives is changed in place")
+                reason = f"what {place_of(node)} gives is changed in place"
+                return near or Way(reason=reason), Way(reason=reason)
             if self.norm(node):
-                tail = self.tails.get(str(node.target))
-                if tail is not None and tail.keeps_result:
-                    return _Way(node if steps else None, tuple(steps[::-1]), "" if steps else f"{place_of(node)} keeps it anyway")
-                return _Way(node, tuple(steps[::-1]))
+                return self._from_norm(node, way, near)
             kept, source = self.kept(node), self._source(node)
-            if kept is not None and kept.result:
-                return _Way(node, tuple(steps[::-1]), "" if steps else f"{place_of(node)} keeps it anyway")
+            if kept is not None and kept.result and near is None:
+                near = Way(node, way) if steps else Way(reason=f"{place_of(node)} keeps it anyway")
             if source is None:
-                return _Way(reason=self._unknown(node))
+                reason = self._unknown(node)
+                return near or Way(reason=reason), Way(reason=reason)
             if not self._passes(node):
                 steps.append(node)
-                if kept is not None and source in kept.inputs and not self.effects.of(node).writes:
-                    if self.effects.may_change(source, node, scale.node):
-                        return _Way(reason=f"what {place_of(source)} gives is changed in place")
-                    return _Way(source, tuple(steps[::-1]))
+                if kept is not None and source in kept.inputs and not self.effects.of(node).writes and near is None:
+                    near = Way(source, tuple(steps[::-1]))
             node, last = source, node
+
+    def _from_norm(self, norm: fx.Node, steps: tuple[fx.Node, ...], near: Way | None) -> tuple[Way, Way]:
+        tail = self.tail_of(norm)
+        if near is None and tail is not None and tail.keeps_result:
+            near = Way(norm, steps) if steps else Way(reason=f"{place_of(norm)} keeps it anyway")
+        way = Way(norm, steps, is_norm=True)
+        is_active = steps or (tail is not None and tail.names)
+        return near or way, way if is_active else Way(reason="has no activation behind its norm")
+
+    def tail_of(self, norm: fx.Node) -> Tail | None:
+        """What a norm does after normalising, if it is of a class of others."""
+        module = called(norm, self.modules)
+        return self.tail(str(norm.target)) if module is not None and not is_plain(module) else None
+
+    def _keeper(self, value: fx.Node, reader: fx.Node) -> fx.Node | None:
+        """What else keeps a value than one of its readers, and units' products."""
+        for other in value.users:
+            kept = self.kept(other) if other is not reader else None
+            if kept is not None and value in kept.inputs and not self._is_scale(other):
+                return other
+        return None
+
+    def _how(self, step: fx.Node) -> str | None:
+        kept, (source,) = self.kept(step), step.all_input_nodes
+        if kept is None or kept.result or not self.effects.of(step).writes:
+            return None if kept is None else "recipes"
+        left = self.effects.is_forgotten(source, step) and is_left(step, self.modules, self.values.of(source)[0])
+        return "apart" if left else None
 
     def _unknown(self, node: fx.Node) -> str:
         module = called(node, self.modules)

@@ -12,8 +12,9 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from se_fx.analysis import Modules, called, on_meta, runs_pytorch
+from se_fx.rewrites.training.calls import OutOfPlace
 
-__all__ = ["Kept", "kept_by"]
+__all__ = ["Kept", "is_left", "kept_by"]
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,20 @@ def kept_by(node: fx.Node, modules: Modules, inputs: Mapping[fx.Node, Any]) -> K
         return None
     found = {source for source, value in values.items() if storages.intersection(_places(value))}
     return Kept(frozenset(found), bool(storages.intersection(_places(result))))
+
+
+def is_left(node: fx.Node, modules: Modules, value: Any) -> bool:
+    """Whether a node that works in place on its one input needs not."""
+    if not isinstance(value, Tensor):
+        return False
+    try:
+        with torch.inference_mode(False), torch.no_grad(), OutOfPlace():
+            given = _fresh(value)
+            args, kwargs = fx.map_arg((node.args, node.kwargs), lambda _: given)
+            _call(node, modules)(*args, **kwargs)
+            return given._version == 0
+    except Exception:  # whatever an operator raises on what it isn't made for
+        return False
 
 
 def _call(node: fx.Node, modules: Modules) -> Any:

@@ -8,7 +8,6 @@ activation checkpointing or offloading, or else with the check that nobody has c
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -17,7 +16,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.graph import saved_tensors_hooks
 
-__all__ = ["Recipe", "is_kept", "recomputed"]
+__all__ = ["Recipe", "Recomputed", "is_kept"]
 
 Hooks = tuple[Callable[[Tensor], Any], Callable[[Any], Tensor]]
 
@@ -26,13 +25,12 @@ class Recipe:
     """How to compute a value again.
 
     Args:
-        run: a function of tensors, that gives the same for the same.
+        run: a function of tensors that gives the same for the same, and changes nothing, since that may be used once more.
         sources: what it is called with: tensors, recipes of tensors, or None.
-        shares: what recipes among the sources give is used once more soon, and is to be changed by nobody.
     """
 
-    def __init__(self, run: Callable[..., Tensor], *sources: Tensor | Recipe | None, shares: bool = False) -> None:
-        self.run, self.sources, self.shares = run, sources, shares
+    def __init__(self, run: Callable[..., Tensor], *sources: Tensor | Recipe | None) -> None:
+        self.run, self.sources = run, sources
         self.shelf = _Shelf()
         self._versions = [source._version if isinstance(source, Tensor) else 0 for source in sources]
 
@@ -47,10 +45,22 @@ class Recipe:
 
 
 class _Shelf:
-    """What one reader has computed is kept for the next: a product's backward pass follows those of what reads the product."""
+    """What one reader has computed is kept for the others: the backward passes of those within a unit follow each other."""
 
     def __init__(self) -> None:
-        self.awaited, self.value = False, None  # type: bool, Tensor | None
+        self.readers, self.left, self.value = 0, 0, None  # type: int, int, Tensor | None
+
+    def put(self, value: Tensor, readers: int) -> None:
+        """Keep a value for so many readers."""
+        if readers > 0:
+            self.left, self.value = readers, value
+
+    def take(self) -> Tensor | None:
+        """The value, which is forgotten when its last reader has it."""
+        value, self.left = self.value, self.left - 1
+        if self.left <= 0:
+            self.value = None
+        return value
 
 
 class _Kept:
@@ -70,31 +80,38 @@ class _Kept:
                 "one of the variables needed for gradient computation has been modified by an inplace operation: "
                 f"{list(self.packed.shape)} is at version {self.packed._version}; expected version {self.version} instead"
             )
-        return self.packed  # type: ignore[no-any-return]
+        return self.packed
 
 
 class _Computed:
     """A recipe whose sources are kept."""
 
     def __init__(self, recipe: Recipe, hooks: Hooks | None) -> None:
-        self.run, self.shelf, self.shares = recipe.run, recipe.shelf, recipe.shares
+        self.run, self.shelf = recipe.run, recipe.shelf
         self.sources = [
             _Kept(source, hooks) if isinstance(source, Tensor) else source and _Computed(source, hooks)
             for source in recipe.sources
         ]
 
-    def __call__(self, *, again: bool = False) -> Tensor:
-        value, self.shelf.value = self.shelf.value, None
+    def __call__(self) -> Tensor:
+        """For an operator."""
+        value = self.shelf.take()
         if value is None:
-            value = self.run(*[self._given(source) for source in self.sources])
-        if again and self.shelf.awaited:
-            self.shelf.value = value
+            value = self._run()
+            self.shelf.put(value, self.shelf.readers - 1)
         return value
 
-    def _given(self, source: _Kept | _Computed | None) -> Tensor | None:
-        if isinstance(source, _Computed):
-            return source(again=self.shares)
-        return None if source is None else source()
+    def within(self) -> Tensor:
+        """For another recipe."""
+        if self.shelf.value is not None:
+            return self.shelf.value
+        value = self._run()
+        self.shelf.put(value, self.shelf.readers)
+        return value
+
+    def _run(self) -> Tensor:
+        values = [source.within() if isinstance(source, _Computed) else source and source() for source in self.sources]
+        return self.run(*values)
 
 
 class _Last:
@@ -104,7 +121,7 @@ class _Last:
         self.computed = _Computed(recipe, hooks)
         self.device = device
         self.autocast = (torch.is_autocast_enabled(device), torch.get_autocast_dtype(device))
-        recipe.shelf.awaited = True
+        recipe.shelf.readers += 1
 
     def __call__(self) -> Tensor:
         is_on, dtype = self.autocast
@@ -122,26 +139,55 @@ def is_kept(value: Any) -> bool:
         and type(value) in (Tensor, FakeTensor)
         and value.requires_grad
         and torch.is_grad_enabled()
-        and not torch.jit.is_tracing()
-        and not torch._C._are_functorch_transforms_active()
-        and torch._C._autograd._saved_tensors_hooks_is_enabled()
+        and not _C._get_tracing_state()
+        and not _C._are_functorch_transforms_active()
+        and _C._autograd._saved_tensors_hooks_is_enabled()
     )
 
 
-def recomputed(value: Tensor, recipe: Recipe) -> contextlib.AbstractContextManager[Any]:
-    """Within, what operators keep of `value` is its recipe."""
-    hooks, place, device = _hooks_around(), _place(value), value.device.type
+class Recomputed(saved_tensors_hooks):
+    """Within, what operators keep of `value` is its recipe.
 
-    def pack(tensor: Tensor) -> _Kept | _Last:
-        if _place(tensor) == place and recipe.is_current():
-            return _Last(recipe, hooks, device)
-        return _Kept(tensor, hooks)
+    Args:
+        value: a value.
+        recipe: how to compute it again; None to keep it as ever.
+        settles: whether `settle` will be called, by which it is decided about all else.
+    """
 
-    return saved_tensors_hooks(pack, _unpack)
+    def __init__(self, value: Tensor, recipe: Recipe | None, *, settles: bool = False) -> None:
+        super().__init__(self._pack, _unpack)
+        self.hooks, self.place, self.device = _hooks_around(), _place(value), value.device.type
+        self.recipe = recipe
+        self.open: list[tuple[_Packed, Tensor]] | None = [] if settles else None
+
+    def _pack(self, tensor: Tensor) -> _Packed:
+        if self.recipe is not None and _place(tensor) == self.place and self.recipe.is_current():
+            return _Packed(_Last(self.recipe, self.hooks, self.device))
+        if self.open is None:
+            return _Packed(_Kept(tensor, self.hooks))
+        packed = _Packed(None)
+        self.open.append((packed, tensor.detach()))
+        return packed
+
+    def settle(self, result: Tensor, recipe: Recipe | None) -> None:
+        """Have what was kept of an operator's result be a recipe, too, if there is one; and keep all else."""
+        for packed, tensor in self.open or ():
+            known = recipe is not None and _place(tensor) == _place(result) and recipe.is_current()
+            packed.content = _Last(recipe, self.hooks, self.device) if known and recipe else _Kept(tensor, self.hooks)
+        self.open = None
 
 
-def _unpack(packed: _Kept | _Last) -> Tensor:
-    return packed()
+class _Packed:
+    """What autograd is given, and gives back for the value."""
+
+    def __init__(self, content: _Kept | _Last | None) -> None:
+        self.content = content
+
+
+def _unpack(packed: _Packed) -> Tensor:
+    if packed.content is None:
+        raise RuntimeError("what was to be kept for backward is not known: the forward pass was interrupted")
+    return packed.content()
 
 
 def _place(tensor: Tensor) -> Any:
@@ -155,4 +201,5 @@ def _hooks_around() -> Hooks | None:
     return _top_hooks(False) if _top_hooks is not None else None
 
 
-_top_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+_C: Any = torch._C
+_top_hooks = getattr(_C._autograd, "_top_saved_tensors_default_hooks", None)

@@ -1,7 +1,7 @@
 """Recomputing readers: what the layer after a product keeps of it is computed again, as the product of what is kept.
 
-    y = u * g,  conv(y)          keeps y for the gradient of its weight; y is the product of u, or its recipe, and g
-    y = u * g,  norm(y)          the same: SE before a norm
+y = u * g,  conv(y)          keeps y for the gradient of its weight; y is the product of u, or its recipe, and g
+y = u * g,  norm(y)          the same: SE before a norm
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from se_fx.rewrites.change import Change, place_of
 from se_fx.rewrites.training.calls import held, reading, scaled
 from se_fx.rewrites.training.keeping import Keeping
-from se_fx.rewrites.training.weaving import exchange, insert_wrapped, callee, names_of, normalize
+from se_fx.rewrites.training.weaving import callee, exchange, insert_wrapped, names_of, normalize
 
 __all__ = ["recompute_readers"]
 

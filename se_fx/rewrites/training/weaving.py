@@ -11,53 +11,43 @@ from torch import fx
 from se_fx.analysis import called
 from se_fx.rewrites.change import place_of
 from se_fx.rewrites.training.calls import held, normalized, repeated
-from se_fx.rewrites.training.keeping import Keeping, Unit, name_of
+from se_fx.rewrites.training.keeping import Keeping, Unit, Way, name_of
 
-__all__ = ["callee", "exchange", "names_of", "insert_wrapped", "normalize", "recipe_of"]
-
-
-def recipe_of(keeping: Keeping, unit: Unit) -> fx.Node | None:
-    """The recipe of a unit's map; None where it is kept itself."""
-    if unit.source is None or (not unit.steps and unit.reason):
-        return None
-    value = unit.scale.value
-    if value not in keeping.woven.recipes:
-        keeping.woven.recipes[value] = _made(keeping, unit, unit.source)
-    return keeping.woven.recipes[value]
+__all__ = ["callee", "exchange", "insert_wrapped", "names_of", "normalize", "weave"]
 
 
-def _made(keeping: Keeping, unit: Unit, source: fx.Node) -> fx.Node:
-    known = keeping.tails.get(str(source.target))
-    is_norm = keeping.norm(source) and not (known and known.keeps_result)
-    tail = [f"{source.target}.{name}" for name in known.names] if known and is_norm else []
-    recipe = _recipe_of_norm(keeping, source) if is_norm else None
-    with keeping.graph.inserting_before(unit.scale.node):
-        if recipe is None:
-            recipe = insert_wrapped(keeping, unit.scale.node, held, keeping.woven.values.get(source, source))
-        for name in tail:
-            recipe = insert_wrapped(keeping, unit.scale.node, repeated, keeping.graph.get_attr(name), recipe)
-        for step in unit.steps:
-            recipe = insert_wrapped(keeping, unit.scale.node, repeated, callee(keeping, step), recipe, *step.args[1:], **step.kwargs)
+def weave(keeping: Keeping, unit: Unit, way: Way) -> fx.Node | None:
+    """The recipe of a unit's map, by a way; None where there is no way."""
+    value, recipes = unit.scale.value, keeping.woven.recipes
+    if way.source is None or value in recipes:
+        return recipes.get(value)
+    if way.is_norm and way.source not in recipes:
+        normalize(keeping, way.source, None)
+    source = keeping.woven.values.get(way.source, way.source)
+    after = recipes[way.source] if way.is_norm else source
+    with keeping.graph.inserting_after(after):
+        recipe = recipes[way.source] if way.is_norm else insert_wrapped(keeping, unit.scale.node, held, source)
+    for step in way.steps:
+        with keeping.graph.inserting_after(recipe):
+            name = callee(keeping, step)
+        with keeping.graph.inserting_after(name if isinstance(name, fx.Node) else recipe):
+            recipe = insert_wrapped(keeping, step, repeated, name, recipe, *step.args[1:], **step.kwargs)
+        recipes[step] = recipe
+    recipes[value] = recipe
     return recipe
-
-
-def _recipe_of_norm(keeping: Keeping, norm: fx.Node) -> fx.Node:
-    if norm not in keeping.woven.recipes:
-        normalize(keeping, norm, None)
-    return keeping.woven.recipes[norm]
 
 
 def normalize(keeping: Keeping, norm: fx.Node, recipe: fx.Node | None) -> None:
     """Have a norm tell the recipe of its result, and keep that of its input, if there is one."""
     if norm in keeping.woven.values:  # it tells already
-        (pair,) = keeping.woven.values[norm].all_input_nodes
+        pair = keeping.pair(norm)
         module, value, _, *rest = pair.args
         pair.args = (module, value, recipe, *rest)
         return
     with keeping.graph.inserting_before(norm):
         module = callee(keeping, norm)
         value, *rest = norm.args
-        pair = insert_wrapped(keeping, norm, normalized, module, value, recipe, *rest, **norm.kwargs)
+        pair = insert_wrapped(keeping, norm, normalized, module, value, recipe, "as ever", *rest, **norm.kwargs)
         result, found = (keeping.graph.call_function(operator.getitem, (pair, place)) for place in (0, 1))
     keeping.woven.recipes[norm] = found
     exchange(keeping, norm, result)
@@ -81,7 +71,7 @@ def exchange(keeping: Keeping, old: fx.Node, new: fx.Node) -> None:
     """Have all readers of a value read another, which is the same, in its place."""
     for known in (keeping.maps, keeping.vectors):
         if old in known:
-            known[new] = known[old]  # type: ignore[index,assignment]
+            known[new] = known[old]  # type: ignore[assignment]
     keeping.woven.values[old] = new
     old.replace_all_uses_with(new)
     keeping.graph.erase_node(old)
