@@ -220,7 +220,7 @@ def _conv_holders(model: nn.Module) -> set[nn.Module]:
 
 
 def _is_looked_into_in_training(module: nn.Module) -> bool:
-    return is_foreign(module) and any(True for _ in module.parameters()) and not isinstance(module, _NormBase)
+    return is_foreign(module) and any(True for _ in module.parameters()) and not isinstance(module, (_NormBase, nn.GroupNorm))
 
 
 def is_foreign(module: nn.Module) -> bool:

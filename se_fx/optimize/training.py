@@ -113,7 +113,7 @@ def _views(model: nn.Module, region: Region) -> dict[bool, fx.GraphModule]:
 def _tail(region: fx.GraphModule, name: str) -> Tail | None:
     """What a norm of others that a graph calls does after normalising, if that is the same in both modes."""
     module = region.get_submodule(name)
-    if not isinstance(module, _BatchNorm) or hooked(module):
+    if not isinstance(module, (_BatchNorm, nn.GroupNorm)) or hooked(module):
         return None
     regions = capture(module, finely=True, training=True).regions
     if len(regions) != 1 or regions[0].path or regions[0].graphs is None:

@@ -25,10 +25,10 @@ Callee = nn.Module | str  # a module, or a function of PyTorch's by its qualifie
 def normalized(
     norm: Callee, value: Tensor, recipe: Recipe | None, tail: str, *args: Any, **kwargs: Any
 ) -> tuple[Any, Recipe | None]:
-    """``norm(value)``, and the recipe of it, from what its batch normalisation keeps.
+    """``norm(value)``, and the recipe of it, from what its normalisation keeps.
 
     Args:
-        norm: runs `F.batch_norm`, and what there is besides.
+        norm: runs `F.batch_norm` or `F.group_norm`, and what there is besides.
         value: its input.
         recipe: how to compute that again; None to keep it.
         tail: what the activations that it runs afterwards are to keep: see `activated`.
@@ -55,8 +55,9 @@ class _Watch(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func is F.batch_norm and self.result is None:
-            self.result = self._batch_norm(*args, **kwargs)
+        if func in (F.batch_norm, F.group_norm) and self.result is None:
+            run = self._batch_norm if func is F.batch_norm else self._group_norm
+            self.result = run(*args, **kwargs)
             return self.result
         if self.recipe is not None and args and args[0] is self.result:
             again = Recipe(functools.partial(_applied, func, args[1:], kwargs), self.recipe)
@@ -89,6 +90,18 @@ class _Watch(TorchFunctionMode):
         result, mean, invstd, *_ = torch._batch_norm_impl_index(*operands, True, momentum, eps, torch.backends.cudnn.enabled)
         self.recipe = Recipe(_Normalized(eps), source, weight, bias, mean, invstd)
         return result
+
+    def _group_norm(
+        self,
+        input: Tensor,
+        num_groups: int,
+        weight: Tensor | None = None,
+        bias: Tensor | None = None,
+        eps: float = 1e-5,
+    ) -> Tensor:
+        if input is self.value:
+            self.recipe = Recipe(_Grouped(num_groups, eps), input if self.source is None else self.source, weight, bias)
+        return F.group_norm(input, num_groups, weight, bias, eps)
 
 
 def activated(
@@ -147,6 +160,16 @@ def _place_of_flag(func: Any) -> int | None:
         return None
     names = list(inspect.signature(func).parameters)
     return names.index("inplace") if "inplace" in names else None
+
+
+class _Grouped:
+    """A group normalisation, whose statistics are those of its input."""
+
+    def __init__(self, num_groups: int, eps: float) -> None:
+        self.num_groups, self.eps = num_groups, eps
+
+    def __call__(self, input: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+        return F.group_norm(input, self.num_groups, weight, bias, self.eps)
 
 
 class _Fixed:

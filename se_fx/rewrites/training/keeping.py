@@ -124,7 +124,7 @@ class Keeping(Algebra):
         return self._kept[node]
 
     def norm(self, node: fx.Node) -> bool:
-        """Whether a node is a batch normalisation of its first argument, whose own result can be computed again."""
+        """Whether a node normalises its first argument by batches or groups, and keeps what its result can be computed again from."""
         if node not in self._norms:
             self._norms[node] = self._is_norm(node)
         return self._norms[node]
@@ -133,10 +133,10 @@ class Keeping(Algebra):
         module = called(node, self.modules)
         if not node.args or not isinstance(node.args[0], fx.Node):
             return False
-        if isinstance(module, _BatchNorm):
-            is_plain = type(module).forward is _BatchNorm.forward and runs_pytorch(node, self.modules)
-            return is_plain or self.tail(str(node.target)) is not None
-        return node.op == "call_function" and node.target is F.batch_norm and name_of(node) is not None
+        if isinstance(module, (_BatchNorm, nn.GroupNorm)):
+            known = type(module).forward in (_BatchNorm.forward, nn.GroupNorm.forward) and runs_pytorch(node, self.modules)
+            return known or self.tail(str(node.target)) is not None
+        return node.op == "call_function" and node.target in (F.batch_norm, F.group_norm) and name_of(node) is not None
 
     # ------------------------------------------------------------------------------------- from what maps could be made
     def _ways(self, scale: Scale) -> tuple[Way, Way]:

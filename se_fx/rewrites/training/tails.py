@@ -17,7 +17,7 @@ __all__ = ["Tail", "tail_of"]
 
 @dataclass(frozen=True)
 class Tail:
-    """What a norm calls on what its batch normalisation gives.
+    """What a norm calls on its input once normalised.
 
     Attributes:
         names: the modules, by their names in the norm, in order.
@@ -33,7 +33,7 @@ class Tail:
 def tail_of(module: fx.GraphModule) -> Tail | None:
     """The tail of a norm, from its graph; None where it does anything else besides normalising its input."""
     algebra = Algebra(module)
-    found = [node for node in module.graph.nodes if node.target is F.batch_norm]
+    found = [node for node in module.graph.nodes if node.target in (F.batch_norm, F.group_norm)]
     if len(found) != 1 or not found[0].args or getattr(found[0].args[0], "op", "") != "placeholder":
         return None
     names: list[str] = []
