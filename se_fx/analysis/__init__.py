@@ -8,7 +8,7 @@ from se_fx.analysis.calls import arguments, is_plain, on_meta, runs_pytorch
 from se_fx.analysis.channels import Values, channels
 from se_fx.analysis.dataflow import ADDS, PRODUCTS, Modules, attention_convs, called, modules_of
 from se_fx.analysis.effects import Effects
-from se_fx.analysis.residual import Unit, activation_after, residual_units
+from se_fx.analysis.residual import Unit, activation_after, is_nonlinear, residual_units
 
 __all__ = [
     "ADDS",
@@ -22,6 +22,7 @@ __all__ = [
     "attention_convs",
     "called",
     "channels",
+    "is_nonlinear",
     "is_plain",
     "modules_of",
     "on_meta",

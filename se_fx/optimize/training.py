@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterable
+import operator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -12,9 +13,22 @@ from torch import fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from se_fx.arguments import chosen_names
-from se_fx.capture import Capture, Region, capture, collector_paused, has_traced_hooks
+from se_fx.capture import Call, Capture, Region, capture, collector_paused
 from se_fx.cost import activation_bytes, as_call
-from se_fx.regions import add_constants, clone, copied, hooked, own_class, restore_code, run_graphs, view
+from se_fx.regions import (
+    EXCITE,
+    GraphRegion,
+    add_constants,
+    clone,
+    copied,
+    excitement,
+    hooked,
+    own_class,
+    restore_code,
+    run_graphs,
+    view,
+    watch,
+)
 from se_fx.rewrites import (
     TRAINING_REWRITES,
     Keeping,
@@ -22,8 +36,8 @@ from se_fx.rewrites import (
     Step,
     Tail,
     TrainingRewrite,
-    bare,
     give_optimization,
+    is_training_call,
     optimization_of,
     tail_of,
 )
@@ -102,12 +116,16 @@ def _optimized(captured: Capture, rewrites: dict[str, TrainingRewrite], example_
 
 
 def _views(model: nn.Module, region: Region) -> dict[bool, fx.GraphModule]:
-    """A region's graphs of both modes, over a module of its own."""
+    """A region's graphs of both modes, over a module of its own, none of whose parts scales what it returns."""
     module = clone(model.get_submodule(region.path))
     restore_code(module)
     add_constants(module, region.constants)
-    graphs = region.graphs or {}
-    return {training: view(module, copied(graphs[training])[0]) for training in (True, False)}
+    views = {training: view(module, copied(graph)[0]) for training, graph in (region.graphs or {}).items()}
+    for node in (node for each in views.values() for node in each.graph.nodes):
+        if node.op == "call_module" and EXCITE in node.kwargs:  # its blocks are nodes
+            restore_code(module.get_submodule(str(node.target)))
+            node.kwargs = {}
+    return views
 
 
 def _tail(region: fx.GraphModule, name: str) -> Tail | None:
@@ -123,27 +141,46 @@ def _tail(region: fx.GraphModule, name: str) -> Tail | None:
 
 
 def _assembled(captured: Capture, views: dict[str, dict[bool, fx.GraphModule]], changed: set[str]) -> nn.Module:
-    """A copy of the model whose changed regions run the graphs of `views`; all else is as it was."""
+    """A copy of the model whose changed regions run the graphs of `views` while they are fresh; all else is as it was."""
     model = clone(captured.model)
     for region in captured.regions:
         if region.path in changed:
             module = model.get_submodule(region.path)
-            as_graph_module = isinstance(module, fx.GraphModule)
-            restore_code(module)
+            as_graph_module, replaceable = isinstance(module, GraphRegion), module.__dict__.get("_replaceable", True)
+            restore_code(module, hosts=False)
             add_constants(module, region.constants)
             graphs = {training: copied(each.graph)[0] for training, each in views[region.path].items()}
-            _without_hooks(module, graphs[True])
-            run_graphs(module, {mode: view(module, graph) for mode, graph in graphs.items()}, as_graph_module=as_graph_module)
+            for graph in graphs.values():
+                _leave_scaling_to_nodes(module, graph)
+            paths = {"": None, **{path: None for call in region.calls.values() for path in _paths(call)}}
+            inner = [(path, module.get_submodule(path)) for path in paths]
+            run_graphs(
+                module,
+                graphs,
+                as_graph_module=as_graph_module,
+                watched=watch([(path, each, own_class(each)) for path, each in inner]),
+                hosts=[each for each in module.modules() if "_between" in each.__dict__ or "_holding" in each.__dict__],
+                leaves=[each for path, each in module.named_modules() if excitement(each) and path not in paths],
+                replaceable=replaceable,
+            )
     return model
 
 
-def _without_hooks(module: nn.Module, graph: fx.Graph) -> None:
-    """Have a graph call convs without the hooks that it holds the code of: those of blocks on lone convs."""
-    for node in list(graph.nodes):
-        called = module.get_submodule(str(node.target)) if node.op == "call_module" else None
-        if called is not None and has_traced_hooks(called) and any(True for _ in called.children()):
-            with graph.inserting_before(node):
-                new = graph.call_function(bare, (graph.get_attr(str(node.target)), *node.args), dict(node.kwargs))
-            new.meta = {**node.meta, "is_wrapped": True}
-            node.replace_all_uses_with(new)
-            graph.erase_node(node)
+def _paths(call: Call) -> Iterator[str]:
+    for step in call.steps:
+        if isinstance(step, Call):
+            yield step.path
+            yield from _paths(step)
+
+
+def _leave_scaling_to_nodes(module: nn.Module, graph: fx.Graph) -> None:
+    """Have modules whose blocks a graph calls by itself not scale what they return."""
+    for node in graph.nodes:
+        is_call = is_training_call(node) and bool(node.args)
+        callee, op = (node.args[0], "get_attr") if is_call else (node, "call_module")
+        if isinstance(callee, fx.Node) and callee.op == op and excitement(_found(module, str(callee.target))):
+            node.kwargs = {**node.kwargs, EXCITE: False}
+
+
+def _found(module: nn.Module, name: str) -> Any:
+    return operator.attrgetter(name)(module)

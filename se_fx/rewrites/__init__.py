@@ -8,7 +8,7 @@ from se_fx.rewrites.algebra import Algebra
 from se_fx.rewrites.change import Change, Rewrite
 from se_fx.rewrites.inference import REWRITES
 from se_fx.rewrites.optimization import Optimization, Step, give_optimization, optimization_of
-from se_fx.rewrites.training import TRAINING_REWRITES, Keeping, Tail, TrainingRewrite, bare, tail_of
+from se_fx.rewrites.training import TRAINING_REWRITES, Keeping, Tail, TrainingRewrite, is_training_call, tail_of
 
 __all__ = [
     "REWRITES",
@@ -21,8 +21,8 @@ __all__ = [
     "Step",
     "Tail",
     "TrainingRewrite",
-    "bare",
     "give_optimization",
+    "is_training_call",
     "optimization_of",
     "tail_of",
 ]

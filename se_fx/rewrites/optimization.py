@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from tabulate import tabulate
-from torch import nn
+from torch import fx, nn
 
 from se_fx.cost import NO_COST, Cost
 from se_fx.regions import graphs_of
 from se_fx.rewrites.change import Change
+from se_fx.rewrites.training import is_training_call
 
 __all__ = ["Optimization", "Step", "give_optimization", "optimization_of"]
 
@@ -57,10 +59,13 @@ class Optimization:
     kept: int | None = None
 
     def __str__(self) -> str:
-        count = sum(change.applied for step in self.steps for change in step.changes)
-        headline = f"{self.model}, optimised for {self.purpose}: rewritten in {count} places."
+        headline = f"{self.model}, optimised for {self.purpose}: rewritten in {self.count()} places."
         parts = [headline, self._table(), self._places("Done", True), self._places("Not done", False)]
         return "\n\n".join(filter(None, (*parts, self._opaque())))
+
+    def count(self) -> int:
+        """In how many places anything was done."""
+        return sum(change.applied for step in self.steps for change in step.changes)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types."""
@@ -103,7 +108,16 @@ class Optimization:
 def optimization_of(model: nn.Module, purpose: str = "inference") -> Optimization | None:
     """What was done to `model` for this purpose; None where it isn't such an optimised one, or no more."""
     found = model.__dict__.get(_ATTRIBUTES[purpose])
-    return found if isinstance(found, Optimization) and any(graphs_of(module) for module in model.modules()) else None
+    if not isinstance(found, Optimization):
+        return None
+    is_so = purpose == "inference" or not found.count() or any(map(is_training_call, _nodes(model)))
+    return found if is_so else None
+
+
+def _nodes(model: nn.Module) -> Iterator[fx.Node]:
+    for module in model.modules():
+        for graph in (graphs_of(module) or {}).values():
+            yield from graph.nodes
 
 
 def give_optimization(model: nn.Module, optimization: Optimization) -> None:

@@ -7,14 +7,14 @@ what the layers around it keep anyway. Values computed in the forward pass stay 
 from collections.abc import Callable, Iterator
 
 from se_fx.rewrites.change import Change
-from se_fx.rewrites.training.calls import bare
 from se_fx.rewrites.training.keeping import Keeping
 from se_fx.rewrites.training.recompute_activations import recompute_activations
 from se_fx.rewrites.training.recompute_products import recompute_products
 from se_fx.rewrites.training.recompute_readers import recompute_readers
 from se_fx.rewrites.training.tails import Tail, tail_of
+from se_fx.rewrites.training.weaving import is_training_call
 
-__all__ = ["TRAINING_REWRITES", "Keeping", "Tail", "TrainingRewrite", "bare", "tail_of"]
+__all__ = ["TRAINING_REWRITES", "Keeping", "Tail", "TrainingRewrite", "is_training_call", "tail_of"]
 
 #: Edits the graph, and tells what it did where.
 TrainingRewrite = Callable[[Keeping], Iterator[Change]]

@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 from se_fx.regions import hooked
 from se_fx.rewrites.training.recipes import Recipe, Recomputed, is_kept
 
-__all__ = ["OutOfPlace", "activated", "bare", "held", "normalized", "product", "reading", "repeated", "scaled"]
+__all__ = ["OutOfPlace", "activated", "held", "normalized", "product", "reading", "repeated", "scaled"]
 
 Callee = nn.Module | str  # a module, or a function of PyTorch's by its qualified name
 
@@ -232,11 +232,6 @@ def reading(callee: Callee, value: Tensor, recipe: Recipe | None, *args: Any, **
         return call(value, *args, **kwargs)
     with Recomputed(value, recipe):
         return call(value, *args, **kwargs)
-
-
-def bare(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    """What a module computes without its hooks, whose code is in the graph."""
-    return module.forward(*args, **kwargs)
 
 
 def _called(callee: Callee) -> Any:

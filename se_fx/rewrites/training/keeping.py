@@ -124,7 +124,7 @@ class Keeping(Algebra):
         return self._kept[node]
 
     def norm(self, node: fx.Node) -> bool:
-        """Whether a node normalises its first argument by batches or groups, and keeps what its result can be computed again from."""
+        """Whether a node normalises its first argument, and keeps all that its result can be computed again from."""
         if node not in self._norms:
             self._norms[node] = self._is_norm(node)
         return self._norms[node]

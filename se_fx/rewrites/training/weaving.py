@@ -13,7 +13,7 @@ from se_fx.rewrites.change import place_of
 from se_fx.rewrites.training.calls import held, normalized, repeated
 from se_fx.rewrites.training.keeping import Keeping, Unit, Way, name_of
 
-__all__ = ["callee", "exchange", "insert_wrapped", "names_of", "normalize", "weave"]
+__all__ = ["callee", "exchange", "insert_wrapped", "is_training_call", "names_of", "normalize", "weave"]
 
 
 def weave(keeping: Keeping, unit: Unit, way: Way) -> fx.Node | None:
@@ -80,3 +80,8 @@ def exchange(keeping: Keeping, old: fx.Node, new: fx.Node) -> None:
 def names_of(nodes: tuple[fx.Node, ...]) -> str:
     """Places, for people."""
     return ", ".join(map(place_of, nodes))
+
+
+def is_training_call(node: fx.Node) -> bool:
+    """Whether a node is a call that rewrites for training have put in."""
+    return node.op == "call_function" and getattr(node.target, "__module__", "") == normalized.__module__
