@@ -178,6 +178,22 @@ def inference(case: Case) -> Pairs:
     yield from ()
 
 
+def training(case: Case) -> Pairs:
+    """A model optimised for training does the same in both modes, and gives its parameters the same gradients."""
+    result, optimized = case.anew(), se_fx.optimize_for_training(case.anew())
+    expected, found = (gradients_of(model, case.recipe) for model in (result, optimized))
+    if isinstance(expected, dict):
+        assert isinstance(found, dict), found
+        for name, gradient in expected.items():
+            assert (gradient is None) == (found[name] is None), name
+            if gradient is not None:
+                torch.testing.assert_close(
+                    found[name], gradient, rtol=1e-2, atol=1e-3 * float(gradient.abs().max()), equal_nan=True
+                )
+    assert_same_tensors(se_fx.optimize_for_training(case.result), case.result)
+    yield se_fx.optimize_for_training(case.result), case.result
+
+
 def gradients(case: Case) -> Pairs:
     """Where the original trains, so does the result: at identity, with the same gradients of the original's parameters."""
     expected, found = (gradients_of(model, case.recipe) for model in (case.recipe.network(), case.anew()))
@@ -189,7 +205,7 @@ def gradients(case: Case) -> Pairs:
 
 
 FIRST = [again, removal, replay, deep_copy, pickled, in_place]
-SECOND = [costs, costs_before, inference, gradients, reports]
+SECOND = [costs, costs_before, inference, training, gradients, reports]
 
 
 # ----------------------------------------------------------------------------------------------------- what is compared

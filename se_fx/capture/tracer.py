@@ -170,7 +170,8 @@ class Tracer(fx.Tracer):
             if a.node.graph is not self.graph:
                 raise self.refuse("uses a value of an earlier call")
             return a.node
-        if isinstance(a, nn.Module) and (a in self.entered or isinstance(a, nn.Conv2d)):
+        looks_into = self.snapshot is not None  # not where a pickle is loaded, whose graph may pass modules on
+        if isinstance(a, nn.Module) and (a in self.entered or (isinstance(a, nn.Conv2d) and looks_into)):
             raise fx.proxy.TraceError(f"passes a {type(a).__name__} on to a function, which a graph can't look into")
         if type(a) is collections.OrderedDict:
             return self.create_node("call_function", type(a), ([(k, self.create_arg(v)) for k, v in a.items()],), {})

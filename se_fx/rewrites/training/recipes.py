@@ -145,7 +145,7 @@ def is_kept(value: Any) -> bool:
     )
 
 
-class Recomputed(saved_tensors_hooks):
+class Recomputed:
     """Within, what operators keep of `value` is its recipe.
 
     Args:
@@ -155,10 +155,18 @@ class Recomputed(saved_tensors_hooks):
     """
 
     def __init__(self, value: Tensor, recipe: Recipe | None, *, settles: bool = False) -> None:
-        super().__init__(self._pack, _unpack)
         self.hooks, self.place, self.device = _hooks_around(), _place(value), value.device.type
         self.recipe = recipe
         self.open: list[tuple[_Packed, Tensor]] | None = [] if settles else None
+
+    def __enter__(self) -> None:
+        self.context = saved_tensors_hooks(self._pack, _unpack)
+        self.context.__enter__()
+
+    def __exit__(self, *raised: object) -> None:
+        context = self.context
+        del self.context  # which leads back here: values would wait for the garbage collector
+        context.__exit__(*raised)
 
     def _pack(self, tensor: Tensor) -> _Packed:
         if self.recipe is not None and _place(tensor) == self.place and self.recipe.is_current():
