@@ -298,7 +298,7 @@ def _hidden_by_arguments(graph: fx.Graph) -> str | None:
     if not renamed or needed.intersection(renamed):
         return next((target for target in renamed if target in needed), None)
     # Their values are read once, where nodes' names are given to them.
-    _, body = graph.python_code("self").src.lstrip().split("\n", 1)
+    _, body = graph.python_code("self").src.partition("def forward")[2].split("\n", 1)  # functions to wrap stand before
     return next((each for each in renamed if len(re.findall(rf"(?<![.\w]){each}\b(?!\s*=)", body)) > 1), None)
 
 
