@@ -164,7 +164,7 @@ class Recomputed:
         self.context.__enter__()
 
     def __exit__(self, *raised: object) -> None:
-        context = self.context
+        context, self.recipe = self.context, None  # autograd keeps hooks, and so their owner
         del self.context  # which leads back here: values would wait for the garbage collector
         context.__exit__(*raised)
 
