@@ -14,7 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from se_fx.arguments import chosen_names
 from se_fx.capture import Call, Capture, Region, capture, collector_paused
-from se_fx.cost import activation_bytes, as_call
+from se_fx.cost import activation_bytes, as_call, measure
 from se_fx.regions import (
     EXCITE,
     GraphRegion,
@@ -58,6 +58,7 @@ def optimize_for_training(model: nn.Module, example_inputs: Any = None, *, rewri
 
     The rewrites, in their order (`se_fx.rewrites.TRAINING_REWRITES`):
 
+    - ``recompute_activations``: for what activations between a norm and a product with a gate keep;
     - ``recompute_products``: for what a product with a gate keeps of its map;
     - ``recompute_readers``: for what the convolution, norm or activation after it keeps.
 
@@ -70,15 +71,16 @@ def optimize_for_training(model: nn.Module, example_inputs: Any = None, *, rewri
         rewrites: names of the rewrites to apply; None for all.
 
     Raises:
-        SqueezeExciteError: an argument is not what is expected.
+        SqueezeExciteError: an argument is not what is expected, or the model can't be called with `example_inputs`.
 
     >>> from se_fx import SqueezeExcite2d, report
-    >>> net = nn.Sequential(nn.Conv2d(3, 32, 3), nn.BatchNorm2d(32), SqueezeExcite2d(32), nn.Conv2d(32, 8, 1))
+    >>> net = nn.Sequential(nn.Conv2d(3, 32, 3), nn.BatchNorm2d(32), nn.SiLU(), SqueezeExcite2d(32), nn.Conv2d(32, 8, 1))
     >>> for step in report(optimize_for_training(net)).steps:
     ...     for change in step.changes:
     ...         print(f"{change.place}: {change.detail}")
-    1: is computed again from what 1 keeps
-    1: is scaled again for 3
+    2: needs nothing but what 1 keeps
+    2: is computed again from what 1 keeps, by 2
+    2: is scaled again for 4
     """
     chosen = chosen_names("rewrites", rewrites, TRAINING_REWRITES)
     if example_inputs is not None:
@@ -95,6 +97,8 @@ def _optimized(captured: Capture, rewrites: dict[str, TrainingRewrite], example_
     views = {region.path: _views(model, region) for region in captured.regions if region.graphs is not None}
     keepings = {path: Keeping(by_mode[True], functools.partial(_tail, by_mode[True])) for path, by_mode in views.items()}
     kept = before = None if example_inputs is None else activation_bytes(model, example_inputs)
+    if kept is None and example_inputs is not None:
+        measure(model, example_inputs)  # says why, if it can't be called in evaluation either
     steps, changed = [], set()
     for name, rewrite in rewrites.items():
         changes = []
