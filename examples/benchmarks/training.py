@@ -1,7 +1,7 @@
 """What Squeeze-and-Excitation costs in training, as it is and optimised: time of a step, memory, the batch that fits.
 
 Networks without blocks, with them, and what `se_fx.optimize_for_training` makes of these. All variants of a network are timed
-in one run: each round times every one of them once, and ratios, to the network without blocks, are those of a round. Peak memory
+in one run: each round times each once, and ratios, to the network without blocks, are those of a round. Peak memory
 is measured; the bytes that autograd keeps are counted. The largest batch is the one whose kept bytes, with two times the
 parameters (weights and gradients), are within ``--gib``. Weights and inputs are random: neither changes what is computed.
 
