@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from se_fx.errors import SqueezeExciteError, first_line, shown
+from se_fx.errors import SqueezeExciteError, first_line, hint, shown
 
-__all__ = ["as_device", "as_path", "check_flag", "check_floating", "is_count", "is_number"]
+__all__ = ["as_device", "as_path", "check_flag", "check_floating", "chosen_names", "is_count", "is_number"]
 
 
 def is_number(value: Any) -> bool:
@@ -41,6 +42,23 @@ def check_floating(name: str, dtype: Any, otherwise: str = "") -> None:
     """Raise `SqueezeExciteError` where `dtype` is no real floating-point dtype; the message says what else may be given."""
     if not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise SqueezeExciteError(f"{name}={shown(dtype)}: expected {otherwise}a floating-point dtype such as torch.bfloat16")
+
+
+def chosen_names(argument: str, names: Any, table: Mapping[str, Any]) -> list[str]:
+    """The names of a table's entries that were asked for, in the table's order; None asks for all.
+
+    Raises:
+        SqueezeExciteError: `names` is no list, or one of them isn't in the table.
+    """
+    if names is None:
+        return list(table)
+    if isinstance(names, str) or not isinstance(names, Iterable):
+        raise SqueezeExciteError(f"{argument}={shown(names)}: expected names in a list, such as [{next(iter(table))!r}]")
+    given = list(names)
+    for name in given:
+        if not isinstance(name, str) or name not in table:
+            raise SqueezeExciteError(f"{argument}: there is no {shown(name)}; {hint(name, table, 'some of')}")
+    return [name for name in table if name in given]
 
 
 def as_path(name: str, value: Any) -> Path:

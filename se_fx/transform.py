@@ -14,6 +14,7 @@ from se_fx.cost import NO_COST, Measurement, activation_bytes, measure
 from se_fx.criteria import Where
 from se_fx.errors import SqueezeExciteError
 from se_fx.insertion import Joining, as_optimizers, block_names, insert, insert_in_place, undone_on_failure, withdraw
+from se_fx.optimize import optimize_for_training
 from se_fx.placement import Policy
 from se_fx.planning import (
     BlockFactory,
@@ -176,10 +177,11 @@ def plan(
 
 
 def report(rewritten: nn.Module, example_inputs: Any = None) -> Report | Optimization:
-    """What `transform`, `apply_squeeze_excite` or `optimize_for_inference` did to a model, and what that costs or saves.
+    """What inserting blocks, or optimising for inference or training, did to a model, and what that costs or saves.
 
     Args:
-        rewritten: what `transform` returned, or a copy of it.
+        rewritten: what `transform`, `optimize_for_inference` or `optimize_for_training` returned, what `apply_squeeze_excite`
+            was given, or a copy of these.
         example_inputs: a tensor, a tuple of positional or a dict of keyword arguments. With them, MACs, FLOPs, bytes and
             spatial sizes are counted on fake tensors; without, parameters alone. An optimised model's savings were counted
             when it was made.
@@ -187,14 +189,16 @@ def report(rewritten: nn.Module, example_inputs: Any = None) -> Report | Optimiz
     Raises:
         SqueezeExciteError: the model isn't a rewritten one, or can't be called with `example_inputs`.
     """
-    if isinstance(rewritten, nn.Module) and (optimization := optimization_of(rewritten)) is not None:
-        return optimization
-    known, everything, kept = Plan.of(rewritten), Measurement(), None
+    for purpose in ("inference", "training") if isinstance(rewritten, nn.Module) else ():
+        if (optimization := optimization_of(rewritten, purpose)) is not None:
+            return optimization
+    known, everything, kept, least = Plan.of(rewritten), Measurement(), None, None
     if example_inputs is not None:
         check_whole(rewritten)
         known, everything = _costed(rewritten, example_inputs)
         before, after = (activation_bytes(model, example_inputs) for model in (remove(rewritten), rewritten))
         kept = None if before is None or after is None else (before, after)
+        least = None if kept is None else activation_bytes(optimize_for_training(rewritten), example_inputs)
     return Report(
         model=own_class(rewritten).__name__,
         sites=known.sites,
@@ -207,6 +211,7 @@ def report(rewritten: nn.Module, example_inputs: Any = None) -> Report | Optimiz
         regions=tuple(name for name, module in rewritten.named_modules() if graphs_of(module) is not None),
         uncounted=tuple(everything.uncounted.most_common()),
         activation_bytes=kept,
+        activation_bytes_optimized=least,
         operators=tuple(everything.operators),
     )
 

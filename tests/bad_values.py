@@ -58,6 +58,7 @@ CALLS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
     "profile_gates": (se_fx.profile_gates, {"rewritten": REWRITTEN, "batches": [X], "progress": False}),
     "fold_gates": (se_fx.fold_gates, {"rewritten": REWRITTEN, "profile": PROFILE, "tolerance": 10, "progress": False}),
     "optimize_for_inference": (se_fx.optimize_for_inference, {"model": EVALUATED}),
+    "optimize_for_training": (se_fx.optimize_for_training, {"model": MODEL}),
     "bench": (
         se_fx.bench,
         {"models": {"a": nn.Conv2d(3, 8, 1)}, "example_inputs": X, "rounds": 1, "min_seconds": 0, "progress": False},

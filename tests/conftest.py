@@ -36,7 +36,14 @@ def tables() -> Iterator[None]:
     """Se_fx's tables, which users may add to: what is added is taken out again."""
     with contextlib.ExitStack() as stack:
         of_blocks = (blocks.BLOCKS, blocks.GATES, blocks.ACTIVATIONS)
-        for table in (*of_blocks, criteria.CRITERIA, placement.PLACEMENTS, cost.RULES, rewrites.REWRITES):
+        for table in (
+            *of_blocks,
+            criteria.CRITERIA,
+            placement.PLACEMENTS,
+            cost.RULES,
+            rewrites.REWRITES,
+            rewrites.TRAINING_REWRITES,
+        ):
             stack.enter_context(mock.patch.dict(table))
         yield
 

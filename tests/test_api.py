@@ -40,7 +40,9 @@ GateProfile: sites: tuple[SiteGates, ...]
     GateProfile.plot(path: str | os.PathLike[str])
 Machine: flops_per_second: float, bytes_per_second: float, device: str, dtype: str
     Machine.seconds(operators: Iterable[Operator]) -> float
-Optimization: model: str, steps: tuple[Step, ...], before: Cost | None = None, opaque: tuple[tuple[str, str], ...] = ()
+Optimization: model: str, steps: tuple[Step, ...], before: Cost | None = None, opaque: tuple[tuple[str, str], ...] = (),
+        purpose: str = 'inference', kept: int | None = None
+    Optimization.count() -> int
     Optimization.to_dict() -> dict[str, Any]
 Plan: sites: tuple[Site, ...], skipped: tuple[Skip, ...] = (), opaque: tuple[tuple[str, str], ...] = (), alone:
         tuple[str, ...] = (), base: Cost = Cost(params=0, macs=0, flops=0, bytes=0), measured: bool = False, callables:
@@ -57,8 +59,8 @@ Plan: sites: tuple[Site, ...], skipped: tuple[Skip, ...] = (), opaque: tuple[tup
     Plan.from_dict(data: Mapping[str, Any]) -> Plan
 Report: model: str, sites: tuple[Site, ...], skipped: tuple[Skip, ...], base: Cost, added: Cost, measured: bool = False,
         opaque: tuple[tuple[str, str], ...] = (), alone: tuple[str, ...] = (), regions: tuple[str, ...] = (), uncounted:
-        tuple[tuple[str, int], ...] = (), activation_bytes: tuple[int, int] | None = None, operators: tuple[Operator,
-        ...] = ()
+        tuple[tuple[str, int], ...] = (), activation_bytes: tuple[int, int] | None = None, activation_bytes_optimized:
+        int | None = None, operators: tuple[Operator, ...] = ()
     Report.to_dict() -> dict[str, Any]
     Report.to_html(path: str | os.PathLike[str])
     Report.estimate(machine: Machine) -> Estimate
@@ -99,6 +101,8 @@ fold_gates(rewritten: nn.Module, profile: GateProfile, tolerance: float = 0.02, 
 measure_machine(device: torch.device | str = 'cpu', dtype: torch.dtype = torch.float32) -> Machine
 optimize_for_inference(model: nn.Module, example_inputs: Any = None, *, rewrites: Iterable[str] | None = None, target:
         str | None = None) -> nn.Module
+optimize_for_training(model: nn.Module, example_inputs: Any = None, *, rewrites: Iterable[str] | None = None) ->
+        nn.Module
 plan(model: nn.Module, *, example_inputs: Any = None, min_channels: int | str = 128, latent_channels: float = 64,
         placement: str | Policy = 'conv', init: str = 'default', bias: bool = False, activation: str | Function =
         'relu', gate: str | Function = 'sigmoid', block: str | BlockFactory | None = None, where: Where = None,
@@ -122,7 +126,7 @@ se_fx.integrations.composer: SqueezeExcite
         FxSqueezeExcite.load_state_dict(self, state: dict[str, Any])
 se_fx.integrations.lightning: SqueezeExcite
     SqueezeExcite: Callback
-        SqueezeExcite.__init__(self, **options: Any)
+        SqueezeExcite.__init__(self, *, recompute: bool=False, **options: Any)
         SqueezeExcite.rewrite(self, module: LightningModule)
         SqueezeExcite.restore(module: LightningModule, checkpoint: Mapping[str, Any])
         SqueezeExcite.setup(self, trainer: Trainer, pl_module: LightningModule, stage: str)

@@ -17,7 +17,7 @@ HOME = Path(se_fx.__file__).parent
 ORDER = [
     *("errors", "arguments", "patterns", "regions"),
     *("capture", "analysis", "placement", "insertion", "blocks", "cost", "criteria", "planning", "report", "rewrites"),
-    *("transform", "optimize", "suggest", "measure", ""),
+    *("optimize", "transform", "suggest", "measure", ""),
     *("loading", "integrations", "cli", "__main__"),
 ]
 SOURCES = {

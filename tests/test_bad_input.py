@@ -48,7 +48,7 @@ from se_fx.placement import Spot
 TRANSFORMS = ("transform", "plan")
 CHOOSING = (*TRANSFORMS, "apply_squeeze_excite")
 REPLAYING = ("transform", "apply_squeeze_excite")
-OF_MODELS = (*TRANSFORMS, "suggest", "apply_squeeze_excite", "optimize_for_inference")
+OF_MODELS = (*TRANSFORMS, "suggest", "apply_squeeze_excite", "optimize_for_inference", "optimize_for_training")
 OF_REWRITTEN = ("report", "remove", "blocks_of", "bypassed", "profile_gates", "fold_gates", "Plan.of")
 
 Row = tuple[str, str, Any, str]  # function, argument, value, what the message says
@@ -64,7 +64,12 @@ ROWS: list[Row] = [
     *rows(OF_MODELS, "model", *NO_MODELS),
     *rows(("transform", "plan", "suggest", "apply_squeeze_excite"), "model", (nn.Linear(2, 2), "Linear has no nn.Conv2d")),
     *rows("optimize_for_inference", "model", (MODEL, "training mode: call model.eval()")),
-    *rows((*TRANSFORMS, "suggest", "report", "optimize_for_inference"), "example_inputs", *NO_INPUTS, UNCALLABLE[0]),
+    *rows(
+        (*TRANSFORMS, "suggest", "report", "optimize_for_inference", "optimize_for_training"),
+        "example_inputs",
+        *NO_INPUTS,
+        UNCALLABLE[0],
+    ),
     *rows("report", "example_inputs", *UNCALLABLE[1:]),
     *rows(OF_REWRITTEN, "rewritten", *NOT_REWRITTEN),
     # options of transform and plan
@@ -265,6 +270,13 @@ ROWS: list[Row] = [
         (["hoist_squeeze"], "did you mean 'hoist_squeezes'"),
         *((value, "expected names in a list") for value in ("fold_norms", 3, True, nn.ReLU)),
         *(([value], "expected some of 'constant_gates'") for value in (3, None, [], nn.ReLU)),
+    ),
+    *rows(
+        "optimize_for_training",
+        "rewrites",
+        (["recompute_product"], "did you mean 'recompute_products'"),
+        *((value, "expected names in a list") for value in ("recompute_products", 3, True, nn.ReLU)),
+        *(([value], "expected some of 'recompute_activations'") for value in (3, None, [], nn.ReLU)),
     ),
     *rows("optimize_for_inference", "target", *((value, "target=") for value in ("onnx", "", 3, True, nn.ReLU, ["export"]))),
     # benchmarks

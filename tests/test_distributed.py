@@ -76,6 +76,11 @@ def small_by_stages() -> nn.Module:
     return network
 
 
+def optimised() -> nn.Module:
+    """For training, with blocks in both places from which something can be computed again."""
+    return se_fx.optimize_for_training(small("activation"))
+
+
 STAGES = ("layer1", "layer2", "layer3", "layer4")
 
 
@@ -154,6 +159,9 @@ CASES = {
     "FSDP2, layers of stages apart": Case(small, shard, shares=2),
     "FSDP2, in place, stages apart": Case(small_in_place, lambda model: sharded(model, lambda n, _: n in STAGES), shares=2),
     "FSDP2, stages transformed": Case(small_by_stages, lambda model: sharded(model, lambda n, _: n in STAGES), shares=2),
+    "DDP, optimised": Case(optimised, DistributedDataParallel, shares=2),
+    "FSDP2, optimised": Case(optimised, sharded, shares=2),
+    "FSDP2, optimised, layers of stages apart": Case(optimised, shard, shares=2),
     "FSDP2, two modes": Case(lambda: kind("two modes"), sharded, shares=2),
     "FSDP2, split": Case(lambda: kind("split"), lambda model: sharded(model, lambda n, _: n == "body"), shares=2),
 }

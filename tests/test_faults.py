@@ -153,6 +153,7 @@ OPERATIONS: dict[str, Operation] = {
     "transform": lambda model, _: se_fx.transform(model, placement="residual", seed=0, **OPTIONS),
     "plan": lambda model, _: se_fx.plan(model, example_inputs=X, **OPTIONS),
     "optimize": lambda model, _: se_fx.optimize_for_inference(model.eval()),
+    "optimize for training": lambda model, _: se_fx.optimize_for_training(model),
 }
 
 

@@ -98,6 +98,7 @@ CALLS = {
     "suggest": se_fx.suggest,
     "apply_squeeze_excite": lambda model: se_fx.apply_squeeze_excite(model, min_channels=1),
     "optimize_for_inference": lambda model: se_fx.optimize_for_inference(model.eval()),
+    "optimize_for_training": se_fx.optimize_for_training,
 }
 
 

@@ -4,7 +4,7 @@ Which values come from the inputs, which are feature maps and of how many channe
 Graphs are read, or run on meta tensors; nothing is edited. Knows nothing of blocks, nor why it is asked.
 """
 
-from se_fx.analysis.calls import arguments, is_plain
+from se_fx.analysis.calls import arguments, is_plain, on_meta, runs_pytorch
 from se_fx.analysis.channels import Values, channels
 from se_fx.analysis.dataflow import ADDS, PRODUCTS, Modules, attention_convs, called, modules_of
 from se_fx.analysis.effects import Effects
@@ -25,5 +25,7 @@ __all__ = [
     "is_nonlinear",
     "is_plain",
     "modules_of",
+    "on_meta",
     "residual_units",
+    "runs_pytorch",
 ]

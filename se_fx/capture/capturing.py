@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn.modules.batchnorm import _NormBase
 
 from se_fx.capture.plain import check_plain, closed_parts, is_conv
 from se_fx.capture.randomness import random_state, set_random_state
@@ -56,6 +57,16 @@ class Region:
         modules = dict(self.module.named_modules(remove_duplicate=False))
         return {modules[name]: name for name in sorted(called) if isinstance(modules[name], nn.Conv2d)}
 
+    def entered(self) -> tuple[str, ...]:
+        """The names in it of the modules whose code is in its graphs, its own, which is empty, first."""
+        names: dict[str, None] = {}
+        open_ends = list(self.calls.values())
+        while open_ends:
+            call = open_ends.pop()
+            names[call.path] = None
+            open_ends += [step for step in call.steps if isinstance(step, Call)]
+        return tuple(sorted(names))
+
     def qualified(self, name: str) -> str:
         """The name in the model of what is called `name` in the region."""
         return ".".join(filter(None, (self.path, name)))
@@ -82,28 +93,31 @@ class Capture:
         return next((part for part in self.closed if name == part or name.startswith(f"{part}.")), None)
 
 
-def capture(model: nn.Module, *, finely: bool = False) -> Capture:
+def capture(model: nn.Module, *, finely: bool = False, training: bool = False) -> Capture:
     """Capture `model` in as few regions as it allows. The model is left as it is.
 
     Args:
         model: any module.
         finely: look into all modules that aren't PyTorch's own: normalisation and attention of others, subclasses of
             `nn.Conv2d`, inserted blocks; and in eval mode only. Otherwise into those that hold a Conv2d, in both modes.
+        training: in training mode, look into all that have parameters as well, but for norms, whose own mode may change.
 
     Raises:
         SqueezeExciteError: `model` is not an `nn.Module`, or is wrapped, compiled, scripted or not initialised yet.
     """
     check_plain(model)
     with collector_paused():
-        return _captured(model, finely)
+        return _captured(model, finely, training)
 
 
-def _captured(model: nn.Module, finely: bool) -> Capture:
+def _captured(model: nn.Module, finely: bool, training: bool) -> Capture:
     scratch = _clone_with_code(model)
     closed = closed_parts(scratch)
     shut = {part for name in closed for part in scratch.get_submodule(name).modules()}
     entered = _entered(scratch, shut, finely)
+    finer = set(filter(_is_looked_into_in_training, set(scratch.modules()) - shut)) if training else set()
     names = {id(module): name for name, module in scratch.named_modules()}
+    modes = (False,) if finely and not training else (True, False)
     regions: list[Region] = []
     written: set[int] = set()
     inlined: set[int] = set()
@@ -116,10 +130,10 @@ def _captured(model: nn.Module, finely: bool) -> Capture:
             return
         if isinstance(module, nn.Conv2d):
             regions.append(Region(path, module, None))
-        if module not in entered or isinstance(module, nn.Conv2d):
+        if module not in entered | finer or isinstance(module, nn.Conv2d):
             return
         try:
-            tracing = Tracing(module, entered, (False,) if finely else (True, False), written, bool(path))
+            tracing = Tracing(module, entered, modes, written, bool(path), finer)
             region = Region(path, module, tracing.graphs(), tracing.constants, tracing.calls)
         except Untraceable as untraceable:
             opaque[path] = str(untraceable)
@@ -226,6 +240,10 @@ def _conv_holders(model: nn.Module) -> set[nn.Module]:
 
     holds(model)
     return holders
+
+
+def _is_looked_into_in_training(module: nn.Module) -> bool:
+    return is_foreign(module) and any(True for _ in module.parameters()) and not isinstance(module, (_NormBase, nn.GroupNorm))
 
 
 def is_foreign(module: nn.Module) -> bool:

@@ -170,7 +170,8 @@ class Tracer(fx.Tracer):
             if a.node.graph is not self.graph:
                 raise self.refuse("uses a value of an earlier call")
             return a.node
-        if isinstance(a, nn.Module) and (a in self.entered or isinstance(a, nn.Conv2d)):
+        looks_into = self.snapshot is not None  # not where a pickle is loaded, whose graph may pass modules on
+        if isinstance(a, nn.Module) and (a in self.entered or (isinstance(a, nn.Conv2d) and looks_into)):
             raise fx.proxy.TraceError(f"passes a {type(a).__name__} on to a function, which a graph can't look into")
         if type(a) is collections.OrderedDict:
             return self.create_node("call_function", type(a), ([(k, self.create_arg(v)) for k, v in a.items()],), {})
@@ -297,7 +298,7 @@ def _hidden_by_arguments(graph: fx.Graph) -> str | None:
     if not renamed or needed.intersection(renamed):
         return next((target for target in renamed if target in needed), None)
     # Their values are read once, where nodes' names are given to them.
-    _, body = graph.python_code("self").src.lstrip().split("\n", 1)
+    _, body = graph.python_code("self").src.partition("def forward")[2].split("\n", 1)  # functions to wrap stand before
     return next((each for each in renamed if len(re.findall(rf"(?<![.\w]){each}\b(?!\s*=)", body)) > 1), None)
 
 

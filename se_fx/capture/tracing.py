@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Set
 from typing import Any
 
 import torch
@@ -37,6 +38,7 @@ class Tracing:
         modes: the values of `training` to trace it for.
         written: gains the ids of the modules that code writes to. These can be part of no graph but of their own callers' code.
         within: whether it is a module within the model.
+        finer: more modules whose code is to be looked into, in training mode alone.
 
     Attributes:
         opaque: the submodules that stay calls, by name in the module, each with the reason.
@@ -52,9 +54,11 @@ class Tracing:
         modes: tuple[bool, ...],
         written: set[int] | None = None,
         within: bool = False,
+        finer: Set[nn.Module] = frozenset(),
     ) -> None:
         self.module = module
-        self.entered = entered
+        self.by_mode = {True: entered | finer, False: entered}
+        self.entered = entered | finer
         self.modes, self.within = modes, within
         self.opaque: dict[str, str] = {}
         self.constants = constants_of(module)
@@ -63,7 +67,7 @@ class Tracing:
         self.snapshot = Snapshot(module, written)
         self._leave_alone_what_is_written()
         for name, child in module.named_modules():
-            if child is module or child not in entered:
+            if child is module or child not in self.entered:
                 continue
             if hooked(child):
                 self.opaque[name] = "has hooks, which a graph would drop"
@@ -95,7 +99,7 @@ class Tracing:
         if "forward" in self.module.__dict__:
             raise Untraceable("its forward was replaced on the instance", self.called)
         self.snapshot.set_mode(training)
-        tracer = Tracer(self.opaque, self.entered, defaults, self.snapshot, watch, self.within)
+        tracer = Tracer(self.opaque, self.by_mode[training], defaults, self.snapshot, watch, self.within)
         randomness = random_state()
         try:
             graph = tracer.trace(self.module)

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import fx, nn
 
-from se_fx.capture import Call, Capture, Region, collector_paused
+from se_fx.capture import Capture, Region, collector_paused
 from se_fx.insertion.containers import hold
 from se_fx.insertion.host_graphs import HostGraphs, host_graphs
 from se_fx.insertion.hosting import Seat, Seats
@@ -20,12 +19,10 @@ from se_fx.insertion.insert_blocks import InsertBlocks
 from se_fx.placement import Spot
 from se_fx.regions import (
     EXCITE,
-    Inserted,
     add_constants,
     clone,
     copied,
     excite,
-    excitement,
     own_class,
     restore_code,
     run_graphs,
@@ -219,21 +216,8 @@ class _Furnished:
                 blocks = [(self.targets[e.name], e.block, e.spots[training]) for e in within if training in e.spots]
                 by_themselves = {seat.returns for seat in self.seats.values()}
                 edited[graph] = _with_blocks(module, graph, blocks, by_themselves)
-        paths = {"": None, **{path: None for call in region.calls.values() for path in _paths(call)}}
-        inner = [(path, module.get_submodule(path)) for path in paths]
-        hosts = [each for each in module.modules() if "_between" in each.__dict__ or "_holding" in each.__dict__]
-        scaling = [path for path, each in module.named_modules() if excitement(each) and path not in paths]
-        leaves = [(module.get_submodule(path.rpartition(".")[0]), path.rpartition(".")[2]) for path in scaling]
-        run_graphs(
-            module,
-            {training: edited[graph] for training, graph in region.graphs.items()},
-            as_graph_module=not region.path,
-            watched=watch([(path, each, own_class(each)) for path, each in inner]),
-            children=list(_fixed_children(module, dict.fromkeys(edited.values()))),
-            hosts=hosts,
-            leaves=leaves,
-            replaceable=not self.homeless,
-        )
+        graphs = {training: edited[graph] for training, graph in region.graphs.items()}
+        run_graphs(module, graphs, as_graph_module=not region.path, entered=region.entered(), replaceable=not self.homeless)
 
 
 def _with_blocks(
@@ -263,28 +247,6 @@ def _shared_with_others(model: nn.Module, path: str) -> set[str]:
     named = list(model.named_modules(remove_duplicate=False))
     outside = {module for name, module in named if not name.startswith(prefix)}
     return {name.removeprefix(prefix) for name, module in named if name.startswith(prefix) and module in outside}
-
-
-def _fixed_children(module: nn.Module, graphs: Iterable[fx.Graph]) -> Iterator[tuple[nn.Module, str, nn.Module | None]]:
-    """The modules in a region, with what holds each, that its graphs don't call by the only name that they have."""
-    called = {str(node.target) for graph in graphs for node in graph.nodes if node.op == "call_module"}
-    names = Counter(id(each) for _, each in module.named_modules(remove_duplicate=False))
-    outside: list[str] = []
-    for path, holder in module.named_modules(remove_duplicate=False):
-        if path in called or isinstance(holder, Inserted) or any(path.startswith(f"{outer}.") for outer in outside):
-            outside.append(path)
-            continue
-        prefix = f"{path}." if path else ""
-        for name, child in holder._modules.items():
-            if f"{prefix}{name}" not in called or names[id(child)] > 1:
-                yield holder, name, child
-
-
-def _paths(call: Call) -> Iterator[str]:
-    for step in call.steps:
-        if isinstance(step, Call):
-            yield step.path
-            yield from _paths(step)
 
 
 @contextlib.contextmanager

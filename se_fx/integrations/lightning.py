@@ -37,6 +37,7 @@ class SqueezeExcite(Callback):
     checkpoint says, for use without a Trainer.
 
     Args:
+        recompute: optimise the networks for training, as `se_fx.optimize_for_training` does: nothing is kept for blocks.
         **options: those of `se_fx.transform`. Without a `seed`, one is drawn from PyTorch's generator; all ranks use
             that of rank 0, and so insert equal blocks.
 
@@ -51,13 +52,16 @@ class SqueezeExcite(Callback):
     >>> trainer = Trainer(callbacks=[SqueezeExcite(min_channels=512, init="identity", seed=0)], logger=False)
     """
 
-    def __init__(self, **options: Any) -> None:
-        self.options = options
+    def __init__(self, *, recompute: bool = False, **options: Any) -> None:
+        if not isinstance(recompute, bool):
+            raise se_fx.SqueezeExciteError(f"recompute={recompute!r}: expected True or False")
+        self.recompute, self.options = recompute, options
         self.plan: se_fx.Plan | None = None
         self._ungraded: dict[str, nn.Parameter] = {}  # the blocks' parameters that no gradient has reached so far
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in self.options.items())})"
+        options = {**({"recompute": True} if self.recompute else {}), **self.options}
+        return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in options.items())})"
 
     def rewrite(self, module: LightningModule) -> None:
         """Insert the blocks into `module` now, before any Trainer does.
@@ -166,6 +170,8 @@ class SqueezeExcite(Callback):
     def _rewrite(self, module: LightningModule, options: Mapping[str, Any]) -> None:
         if _plan_of(module) is None:
             rank_zero_info(_insert(module, options))
+            if self.recompute:
+                _optimize(module)
         self.plan = _plan_of(module)
 
 
@@ -205,6 +211,14 @@ def _insert(module: LightningModule, options: Mapping[str, Any]) -> str:
     module.register_load_state_dict_pre_hook(_check_shapes)
     report = dataclasses.replace(se_fx.report(rewritten), model=kind)
     return str(dataclasses.replace(report, opaque=report.opaque[1:]))  # the first is `children` itself
+
+
+def _optimize(module: LightningModule) -> None:
+    """Have the children of `module` with blocks keep nothing for these."""
+    for name, child in [*module._modules.items()]:
+        parts = () if isinstance(child, (Metric, MetricCollection, type(None))) else child.modules()
+        if child is not None and any(isinstance(part, nn.Conv2d) for part in parts):
+            module.add_module(name, se_fx.optimize_for_training(child))
 
 
 def _is_rewritten(child: Any) -> bool:

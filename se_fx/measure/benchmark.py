@@ -27,6 +27,7 @@ from se_fx.errors import SqueezeExciteError, reason_of, shown
 from se_fx.measure.memory import peak_bytes
 from se_fx.measure.progress import progress_bar
 from se_fx.measure.timings import Benchmark, Row
+from se_fx.optimize import optimize_for_training
 from se_fx.planning import plan_of
 from se_fx.transform import remove
 
@@ -63,7 +64,8 @@ def bench(
     the CPU, the allocations and releases of PyTorch's allocator in the calling thread, as `torch.profiler` records them.
 
     Args:
-        models: modules by name, the baseline first; or one rewritten model, to be compared with its original.
+        models: modules by name, the baseline first; or one rewritten model, to be compared with its original, and in training
+            also with what `optimize_for_training` makes of it.
         example_inputs: a tensor, a tuple of positional arguments, or a dict of keyword arguments. Dimension 0 of every
             tensor is the batch; its samples are repeated. Tensors on the meta device are filled with random numbers.
         batch_sizes: numbers of samples in a call, each measured for itself.
@@ -92,7 +94,7 @@ def bench(
     """
     _check(batch_sizes, rounds, min_seconds, dtype, autocast)
     _check_modes(compiled, freezing, training, channels_last)
-    named = _named(models)
+    named = _named(models, training)
     call, where, modes = as_call(example_inputs), _device(named, device), MODES[compiled]
     rows: list[Row] = []
     ticks = len(batch_sizes) * len(named) * len(modes) * (rounds + 1)
@@ -287,9 +289,10 @@ def _check_modes(compiled: Any, freezing: Any, training: Any, channels_last: Any
         raise SqueezeExciteError("freezing=True: freezes weights, which training changes; pass training=False")
 
 
-def _named(models: Any) -> dict[str, nn.Module]:
+def _named(models: Any, training: bool = False) -> dict[str, nn.Module]:
     if isinstance(models, nn.Module) and plan_of(models) is not None:
-        return {"original": remove(models), "rewritten": models}
+        known = {"original": remove(models), "rewritten": models}
+        return {**known, "optimized": optimize_for_training(models)} if training else known
     expected = "expected modules by name, the baseline first, or one model that se_fx.transform returned"
     if not isinstance(models, Mapping) or not models:
         raise SqueezeExciteError(f"models={'{}' if isinstance(models, Mapping) else type(models).__name__}: {expected}")

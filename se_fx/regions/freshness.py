@@ -6,16 +6,18 @@ import functools
 import inspect
 import sys
 import types
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from se_fx.errors import SqueezeExciteError
+from se_fx.regions.sequences import Inserted
 from se_fx.regions.surgery import refuse_surgery
 
-__all__ = ["Watched", "is_fresh", "refuse_stale", "watch"]
+__all__ = ["Watched", "fixed_children", "is_fresh", "refuse_stale", "watch"]
 
 #: Modules, the names they are known by, and what their code may have read: values, and what these hold. Built-in types alone,
 #: so that those of a copied model are about the copy's modules.
@@ -39,6 +41,21 @@ def watch(modules: Iterable[tuple[str, nn.Module, type[nn.Module]]]) -> Watched:
         modules: names for errors, modules, and the classes whose code they run.
     """
     return [(name, module, _readable(module, own)) for name, module, own in modules]
+
+
+def fixed_children(module: nn.Module, graphs: Iterable[fx.Graph]) -> Iterator[tuple[nn.Module, str, nn.Module | None]]:
+    """The modules in a region, with what holds each, that its graphs don't call by the only name that they have."""
+    called = {str(node.target) for graph in graphs for node in graph.nodes if node.op in ("call_module", "get_attr")}
+    names = Counter(id(each) for _, each in module.named_modules(remove_duplicate=False))
+    outside: list[str] = []
+    for path, holder in module.named_modules(remove_duplicate=False):
+        if path in called or isinstance(holder, Inserted) or any(path.startswith(f"{outer}.") for outer in outside):
+            outside.append(path)
+            continue
+        prefix = f"{path}." if path else ""
+        for name, child in holder._modules.items():
+            if f"{prefix}{name}" not in called or names[id(child)] > 1:
+                yield holder, name, child
 
 
 def is_fresh(module: Any) -> bool:

@@ -12,13 +12,13 @@ A region at the root of a model is an `fx.GraphModule`, too.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any, cast
 
 from torch import Tensor, fx, nn
 
 from se_fx.regions.classes import ATTRIBUTES, OF_HOSTS, GraphRegion, Rewritten, give_class, overrides_module_methods
-from se_fx.regions.freshness import Watched
+from se_fx.regions.freshness import Watched, fixed_children, watch
 
 __all__ = [
     "add_constants",
@@ -120,10 +120,7 @@ def run_graphs(
     graphs: Mapping[bool, fx.Graph],
     *,
     as_graph_module: bool,
-    watched: Watched | None = None,
-    children: Sequence[tuple[nn.Module, str, nn.Module | None]] = (),
-    hosts: Sequence[nn.Module] = (),
-    leaves: Sequence[tuple[nn.Module, str]] = (),
+    entered: Iterable[str] | None = None,
     replaceable: bool = True,
     keeps_class: bool = True,
 ) -> None:
@@ -133,22 +130,24 @@ def run_graphs(
         module: the module the graphs were captured from, or a clone of it.
         graphs: by `training`; one object under both keys where the modes agree.
         as_graph_module: become an `fx.GraphModule`.
-        watched: what would make the graphs stale; empty, and they never are.
-        children: modules that make them stale when they are replaced: what holds each, and its name there.
-        hosts: the modules within in which surgery would lose blocks.
-        leaves: the modules that the graphs call, and that scale what they return where the graphs don't run: as what holds
-            each, and its name there.
+        entered: the names of the modules whose code is in the graphs, its own (empty) first: what makes the graphs stale is
+            watched there. None, and they never are.
         replaceable: whether the module's code holds the same blocks, and may run where the graphs are stale.
         keeps_class: whether an `fx.GraphModule` stays of its own class too, even if that has no `train()` or the like.
     """
     own, own_graph = own_class(module), _own_graph(module)
     added: tuple[str, ...] = ()
+    names = tuple(entered or ())
+    inner = [(name, module.get_submodule(name)) for name in names]
+    scaling = [name for name, each in module.named_modules() if name not in names and excitement(each)] if names else []
     module.__dict__.update(
         _graphs=dict(graphs),
-        _watched=watched or [],
-        _children=list(children),
-        _hosts=list(hosts),
-        _leaves=list(leaves),
+        _watched=watch([(name, each, own_class(each)) for name, each in inner]),
+        _children=list(fixed_children(module, set(graphs.values()))) if names else [],
+        _hosts=[each for each in module.modules() if "_between" in each.__dict__ or "_holding" in each.__dict__]
+        if names
+        else [],
+        _leaves=[(module.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]) for name in scaling],
         _replaceable=replaceable,
         _modes_differ=graphs[True] is not graphs[False],
     )

@@ -26,6 +26,7 @@ class Facts:
     regions: tuple[str, ...] = ()
     uncounted: tuple[tuple[str, int], ...] = ()
     activation_bytes: tuple[int, int] | None = None
+    activation_bytes_optimized: int | None = None
     operators: tuple[Operator, ...] = field(default=(), repr=False, compare=False)
 
 

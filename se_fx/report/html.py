@@ -78,6 +78,8 @@ def _cards(report: Facts) -> list[_Card]:
     if report.activation_bytes is not None:
         before, after = report.activation_bytes
         cards.append(_overhead("Activation bytes", before, after - before))
+        if report.activation_bytes_optimized is not None:
+            cards.append(_overhead("Activation bytes, optimized", before, report.activation_bytes_optimized - before))
     return cards
 
 

@@ -57,6 +57,7 @@ class Report(Facts):
         uncounted: operators that no cost rule covers, with the number of their calls; their FLOPs count as 0.
         activation_bytes: bytes that autograd keeps for backward in training, in the original model and with the blocks; None
             without example inputs, or where the model can't be called with these in training mode.
+        activation_bytes_optimized: and with the blocks, optimised by `optimize_for_training`; None as above.
         operators: all operators that ran, for `estimate`.
     """
 

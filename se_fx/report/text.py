@@ -70,6 +70,8 @@ def _totals(facts: Facts) -> str:
     if facts.activation_bytes:
         before, after = facts.activation_bytes
         rows.append(_row("bytes kept for backward", before, after - before))
+        if facts.activation_bytes_optimized is not None:
+            rows.append(_row("- optimized", before, facts.activation_bytes_optimized - before))
     align = ("left", "right", "right", "right")
     table = tabulate(rows, ["", "model", "added", "overhead"], disable_numparse=True, colalign=align)
     hint = "" if facts.measured else "\nPass example_inputs to see MACs, FLOPs, bytes and spatial sizes too."

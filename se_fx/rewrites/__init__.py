@@ -8,5 +8,21 @@ from se_fx.rewrites.algebra import Algebra
 from se_fx.rewrites.change import Change, Rewrite
 from se_fx.rewrites.inference import REWRITES
 from se_fx.rewrites.optimization import Optimization, Step, give_optimization, optimization_of
+from se_fx.rewrites.training import TRAINING_REWRITES, Keeping, Tail, TrainingRewrite, is_training_call, tail_of
 
-__all__ = ["REWRITES", "Algebra", "Change", "Optimization", "Rewrite", "Step", "give_optimization", "optimization_of"]
+__all__ = [
+    "REWRITES",
+    "TRAINING_REWRITES",
+    "Algebra",
+    "Change",
+    "Keeping",
+    "Optimization",
+    "Rewrite",
+    "Step",
+    "Tail",
+    "TrainingRewrite",
+    "give_optimization",
+    "is_training_call",
+    "optimization_of",
+    "tail_of",
+]

@@ -40,6 +40,7 @@ def test_activations_are_what_autograd_keeps(placement: str) -> None:
     report = se_fx.report(gm, x)
     assert report.activation_bytes == (really_kept(model, x), really_kept(gm, x))
     assert report.activation_bytes[0] < report.activation_bytes[1]
+    assert report.activation_bytes_optimized == really_kept(se_fx.optimize_for_training(gm), x) < report.activation_bytes[1]
     assert (model.training, gm.training) == modes
     assert all(p.grad is None for p in gm.parameters())
 

@@ -43,6 +43,21 @@ def test_fit_replaces_children_and_trains_their_blocks(tmp_path: Path) -> None:
     assert logger.experiment.hparams == {"lr": 0.01, "squeeze_excite/num_squeeze_excite_layers": len(convs)}
 
 
+def test_recomputing_trains_alike(tmp_path: Path) -> None:
+    modules = []
+    for recompute in (False, True):
+        torch.manual_seed(0)
+        modules.append(Net())
+        torch.manual_seed(0)
+        trainer(tmp_path, SqueezeExcite(**OPTIONS, seed=3, recompute=recompute)).fit(modules[-1], data(), data())
+    assert isinstance(se_fx.report(modules[1].model), se_fx.Optimization)
+    assert list(modules[0].state_dict()) == list(modules[1].state_dict())
+    for one, other in zip(modules[0].parameters(), modules[1].parameters(), strict=True):
+        torch.testing.assert_close(one, other)
+    with pytest.raises(SqueezeExciteError, match="recompute=1: expected True or False"):
+        SqueezeExcite(recompute=1)
+
+
 def test_a_module_rewritten_in_place_is_left_as_it_is(tmp_path: Path) -> None:
     module = Net()
     se_fx.apply_squeeze_excite(module, 4, 32)

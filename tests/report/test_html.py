@@ -83,11 +83,13 @@ def test_the_page_of_resnet50_has_the_numbers_of_its_report() -> None:
 
 
 def test_memory_kept_for_training_has_a_card_where_it_is_known() -> None:
-    known = dataclasses.replace(resnet50(), activation_bytes=(1_000_000, 1_250_000))
+    known = dataclasses.replace(resnet50(), activation_bytes=(1_000_000, 1_250_000), activation_bytes_optimized=1_010_000)
     (cards,) = (text for text in Page(html.render(known)).texts["dl"] if "Blocks" in text)
     assert "Activation bytes" in cards
     assert "+25.000 %" in cards
     assert "250,000" in cards
+    assert "Activation bytes, optimized" in cards
+    assert "+1.000 %" in cards
     assert "Activation bytes" not in html.render(dataclasses.replace(known, activation_bytes=None))
 
 

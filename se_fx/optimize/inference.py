@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, fx, nn
 
 from se_fx.analysis import arguments, called, is_plain, modules_of
+from se_fx.arguments import chosen_names
 from se_fx.capture import Capture, capture, collector_paused
 from se_fx.cost import NEEDS_VALUES, Call, as_call, faked, measure
-from se_fx.errors import SqueezeExciteError, hint, shown
+from se_fx.errors import SqueezeExciteError, shown
 from se_fx.planning import take_plans
 from se_fx.regions import EXCITE, GraphRegion, add_constants, clone, copied, own_class, restore_code, run_graphs, view
 from se_fx.rewrites import REWRITES, Algebra, Change, Optimization, Rewrite, Step, give_optimization, optimization_of
@@ -78,16 +79,12 @@ def optimize_for_inference(
 
 
 def _chosen(rewrites: Iterable[str] | None, target: str | None) -> dict[str, Rewrite]:
-    if isinstance(rewrites, str) or not (rewrites is None or isinstance(rewrites, Iterable)):
-        raise SqueezeExciteError(f"rewrites={shown(rewrites)}: expected names in a list, such as [{next(iter(REWRITES))!r}]")
+    given = chosen_names("rewrites", rewrites, REWRITES)
     if target not in (None, *_LEFT_OUT):
         raise SqueezeExciteError(f"target={shown(target)}: expected None or one of {list(_LEFT_OUT)}")
     left_out = _LEFT_OUT.get(target or "", ())
-    names = [name for name in REWRITES if name not in left_out] if rewrites is None else list(rewrites)
-    for name in names:
-        if not isinstance(name, str) or name not in REWRITES:
-            raise SqueezeExciteError(f"rewrites: there is no {shown(name)}; {hint(name, REWRITES, 'some of')}")
-    return {name: rewrite for name, rewrite in REWRITES.items() if name in names}
+    names = [name for name in given if name not in left_out] if rewrites is None else given
+    return {name: REWRITES[name] for name in names}
 
 
 #: The rewrites that a target has no use for.

@@ -1,0 +1,27 @@
+"""The rewrites for training, one a module, in the order they are applied in.
+
+In eager mode autograd keeps what Squeeze-and-Excitation needs for its gradients; nearly all of it can be computed again from
+what the layers around it keep anyway. Values computed in the forward pass stay what they were, bit for bit.
+"""
+
+from collections.abc import Callable, Iterator
+
+from se_fx.rewrites.change import Change
+from se_fx.rewrites.training.keeping import Keeping
+from se_fx.rewrites.training.recompute_activations import recompute_activations
+from se_fx.rewrites.training.recompute_products import recompute_products
+from se_fx.rewrites.training.recompute_readers import recompute_readers
+from se_fx.rewrites.training.tails import Tail, tail_of
+from se_fx.rewrites.training.weaving import is_training_call
+
+__all__ = ["TRAINING_REWRITES", "Keeping", "Tail", "TrainingRewrite", "is_training_call", "tail_of"]
+
+#: Edits the graph, and tells what it did where.
+TrainingRewrite = Callable[[Keeping], Iterator[Change]]
+
+#: All rewrites for training by name, in the order they are applied in.
+TRAINING_REWRITES: dict[str, TrainingRewrite] = {
+    "recompute_activations": recompute_activations,
+    "recompute_products": recompute_products,
+    "recompute_readers": recompute_readers,
+}

@@ -1,0 +1,188 @@
+"""Rewrites for training: less is kept, outputs stay bit for bit, and gradients are right."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from recomputed import CHANNELS, UNITS, Gate, Mobile, Residual, assert_alike, conv, kept_maps, step
+from torch import Tensor, nn
+from torch.autograd import gradcheck, gradgradcheck
+
+import se_fx
+from se_fx.rewrites import TRAINING_REWRITES
+
+X = torch.randn(3, CHANNELS, 6, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+
+
+def optimized(model: nn.Module, **options: Any) -> tuple[nn.Module, nn.Module]:
+    """A network in training mode, and an optimised copy with tensors of its own."""
+    torch.manual_seed(0)
+    model.double().train()
+    return model, copy.deepcopy(se_fx.optimize_for_training(model, **options))
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("name", UNITS)
+def test_units(name: str, layout: torch.memory_format) -> None:
+    make, before, after = UNITS[name]
+    x = X.contiguous(memory_format=layout)
+    model, lean = optimized(make().to(memory_format=layout))
+    assert (kept_maps(copy.deepcopy(model), x), kept_maps(copy.deepcopy(lean), x)) == (before, after)
+    assert_alike(step(lean, x), step(model, x))
+
+
+@pytest.mark.parametrize("rewrite", TRAINING_REWRITES)
+@pytest.mark.parametrize("name", UNITS)
+def test_gradients_of_each_rewrite_alone(name: str, rewrite: str) -> None:
+    model, lean = optimized(UNITS[name][0](), rewrites=[rewrite])
+    assert kept_maps(copy.deepcopy(lean), X) <= kept_maps(copy.deepcopy(model), X)
+    x = X[:2, :, :2, :3].clone().requires_grad_()
+    tried = copy.deepcopy(lean)
+    parameters = [p for p in tried.parameters() if p.numel() <= 64]
+    assert gradcheck(lambda x, *_: tried(x), (x, *parameters), atol=1e-6, fast_mode=True)
+    assert_alike(step(lean, X), step(model, X))
+
+
+@pytest.mark.parametrize("name", UNITS)
+def test_second_derivatives(name: str) -> None:
+    _, lean = optimized(UNITS[name][0]())
+    assert gradgradcheck(lambda x: lean(x).square(), (X[:2, :, :2, :2].clone().requires_grad_(),), atol=1e-6, fast_mode=True)
+
+
+ACTIVATIONS: dict[str, tuple[Callable[[], nn.Module], int]] = {
+    "relu": (nn.ReLU, 2),
+    "relu in place": (lambda: nn.ReLU(inplace=True), 2),
+    "relu6 in place": (lambda: nn.ReLU6(inplace=True), 2),
+    "silu": (nn.SiLU, 2),
+    "hardswish in place": (lambda: nn.Hardswish(inplace=True), 2),
+    "leaky relu in place": (lambda: nn.LeakyReLU(0.1, inplace=True), 2),
+    "elu in place": (lambda: nn.ELU(inplace=True), 2),
+    "gelu": (nn.GELU, 2),
+    "sigmoid": (nn.Sigmoid, 2),
+    "two in place": (lambda: nn.Sequential(nn.SiLU(inplace=True), nn.Hardswish(inplace=True)), 3),
+    "prelu, which has a weight": (nn.PReLU, 4),
+    "dropout, which is random": (lambda: nn.Dropout(0.5), 4),
+    "rrelu, which is random": (nn.RReLU, 5),
+}
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_activations(name: str) -> None:
+    make, after = ACTIVATIONS[name]
+    model, lean = optimized(Mobile(make()))
+    assert kept_maps(copy.deepcopy(lean), X) == after
+    assert_alike(step(lean, X), step(model, X))
+
+
+def frozen(model: Any) -> None:
+    model.norm.eval()
+
+
+def frozen_with_parameters(model: Any) -> None:
+    model.norm.eval().requires_grad_(False)
+
+
+def all_but_the_gate(model: nn.Module) -> None:
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("se." in name)
+
+
+@pytest.mark.parametrize("later", [False, True])
+@pytest.mark.parametrize("freeze", [frozen, frozen_with_parameters, all_but_the_gate])
+@pytest.mark.parametrize("make", [Residual, Mobile])
+def test_frozen_before_and_after_optimising(
+    make: Callable[[], nn.Module], freeze: Callable[[nn.Module], None], later: bool
+) -> None:
+    model = make()
+    if not later:
+        freeze(model)
+    _, lean = optimized(model)
+    if not later:  # `train()` thawed the norm
+        lean = copy.deepcopy(se_fx.optimize_for_training(model))
+    for each in (model, lean):
+        freeze(each)
+    assert kept_maps(copy.deepcopy(lean), X) < kept_maps(copy.deepcopy(model), X)
+    assert_alike(step(lean, X), step(model, X))
+
+
+@pytest.mark.parametrize(
+    "norm",
+    [
+        lambda: nn.BatchNorm2d(CHANNELS, track_running_stats=False),
+        lambda: nn.BatchNorm2d(CHANNELS, momentum=None),
+        lambda: nn.BatchNorm2d(CHANNELS, affine=False),
+        lambda: nn.GroupNorm(4, CHANNELS, affine=False),
+    ],
+)
+@pytest.mark.parametrize("make", [Residual, lambda norm: Mobile(norm=norm)])
+def test_norms(make: Callable[..., nn.Module], norm: Callable[[], nn.Module]) -> None:
+    model, lean = optimized(make(norm))
+    assert kept_maps(copy.deepcopy(lean), X) <= kept_maps(copy.deepcopy(model), X) - 1
+    for x in (X, X[:1]):
+        assert_alike(step(lean, x), step(model, x))
+
+
+class Scaled(nn.Module):
+    """What the product reads, or gives, is changed in place."""
+
+    def __init__(self, where: str) -> None:
+        super().__init__()
+        self.where, self.conv, self.norm, self.act, self.gate = where, conv(), nn.BatchNorm2d(CHANNELS), nn.SiLU(), Gate()
+        self.last = conv()
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = self.norm(self.conv(x))
+        if self.where == "before the activation":
+            z.add_(1)
+        u = self.act(z)
+        if self.where == "before the product":
+            u.mul_(2)
+        gate = u.mean((2, 3), keepdim=True).sigmoid()
+        y = u.mul_(gate) if self.where == "by the product" else u * gate
+        if self.where == "after the product":
+            y.add_(1)
+        return self.last(y)
+
+
+@pytest.mark.parametrize("where", ["before the activation", "before the product", "by the product", "after the product"])
+def test_what_is_changed_in_place(where: str) -> None:
+    model, lean = optimized(Scaled(where))
+    if where != "by the product":  # where the gate's gradient needs what is gone
+        assert_alike(step(lean, X), step(model, X))
+    assert [c.detail for s in lean._training_optimization.steps for c in s.changes if not c.applied]
+
+
+def test_hooks_and_what_shares_statistics_are_left_alone_with_the_reason() -> None:
+    calls: list[int] = []
+    hooked, shared = Residual(), Residual(lambda: nn.SyncBatchNorm(CHANNELS))
+    hooked.norm.register_forward_hook(lambda *_: calls.append(1))
+    for model, words in ((hooked, "norm does more than is known, or has hooks"), (shared, "from other processes")):
+        _, lean = optimized(model)
+        assert words in str(se_fx.report(lean))
+    lean = optimized(hooked)[1]
+    lean(X)
+    assert calls
+
+
+@pytest.mark.parametrize("kind", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("name", UNITS)
+def test_low_precision_and_autocast(name: str, kind: torch.dtype) -> None:
+    make, _, after = UNITS[name]
+    model, lean = optimized(make())
+
+    def cast(model: nn.Module, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return model(x)
+
+    for each in (model, lean):
+        each.to(torch.float32)
+    x = X.float()
+    assert_alike(step(lean, x, cast), step(model, x, cast), 1e-2)
+    for each in (model, lean):
+        each.to(kind)
+    assert kept_maps(copy.deepcopy(lean), X.to(kind)) == after
+    assert_alike(step(lean, X.to(kind)), step(model, X.to(kind)), 1e-2 if kind != torch.float32 else 1e-4)
