@@ -25,7 +25,7 @@ def gradient(model: nn.Module, x: Tensor) -> Tensor | None:
     """Of an image; None where autograd refuses to tell it."""
     x = x.clone().requires_grad_()
     try:
-        sum(output.square().sum() for output in model(x.clone()) if output.requires_grad).backward()
+        sum(output.square().sum() for output in called(model, x.clone()) if output.requires_grad).backward()
     except RuntimeError:
         return None
     return x.grad
