@@ -4,9 +4,9 @@ Which values come from the inputs, which are feature maps and of how many channe
 Graphs are read, or run on meta tensors; nothing is edited. Knows nothing of blocks, nor why it is asked.
 """
 
-from se_fx.analysis.calls import arguments, is_plain
+from se_fx.analysis.calls import Modules, arguments, called, is_plain, modules_of
 from se_fx.analysis.channels import Values, channels
-from se_fx.analysis.dataflow import ADDS, PRODUCTS, Modules, attention_convs, called, modules_of
+from se_fx.analysis.dataflow import ADDS, PRODUCTS, attention_convs
 from se_fx.analysis.effects import Effects
 from se_fx.analysis.residual import Unit, activation_after, residual_units
 

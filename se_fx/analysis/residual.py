@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from se_fx.analysis.calls import Modules, called, modules_of
 from se_fx.analysis.channels import channels
-from se_fx.analysis.dataflow import ADDS, Modules, attention_convs, called, inserted, live, modules_of, pooled
+from se_fx.analysis.dataflow import ADDS, attention_convs, inserted, live, pooled
 
 __all__ = ["Unit", "activation_after", "residual_units"]
 
