@@ -153,14 +153,15 @@ def _by_mode(forwards: Mapping[bool, Forward]) -> Forward:
     if train is evaluate:
         return train
 
-    @functools.wraps(evaluate)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         # A plain branch on `training`: torch.compile guards on it, and compiles each mode once.
         if self.training:
             return train(self, *args, **kwargs)
         return evaluate(self, *args, **kwargs)
 
-    return forward
+    # TorchScript compiles the code of what is wrapped, among the globals of what wraps it.
+    among = types.FunctionType(forward.__code__, evaluate.__globals__, forward.__name__, None, forward.__closure__)
+    return functools.wraps(evaluate)(among)
 
 
 class _Region:
