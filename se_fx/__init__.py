@@ -3,7 +3,7 @@
 from se_fx.blocks import SqueezeExcite2d
 from se_fx.cost import Cost, Machine, measure_machine
 from se_fx.errors import SqueezeExciteError
-from se_fx.measure import Benchmark, Folding, GateProfile, SiteGates, bench, fold_gates, profile_gates
+from se_fx.measure import Benchmark, Folding, GateProfile, SiteGates, bench, blocks_of, bypassed, fold_gates, profile_gates
 from se_fx.optimize import optimize_for_inference
 from se_fx.planning import Plan, Site
 from se_fx.report import Report
@@ -27,6 +27,8 @@ __all__ = [
     "Suggestion",
     "apply_squeeze_excite",
     "bench",
+    "blocks_of",
+    "bypassed",
     "fold_gates",
     "measure_machine",
     "optimize_for_inference",

@@ -17,6 +17,7 @@ from se_fx.arguments import as_device
 from se_fx.criteria import CRITERIA
 from se_fx.errors import blaming
 from se_fx.loading import load_model
+from se_fx.placement import PLACEMENTS
 
 __all__ = ["main"]
 
@@ -191,7 +192,7 @@ def _add_options(command: argparse.ArgumentParser) -> None:
     options.add_argument(
         "--latent-channels", type=_number, metavar="X", help="hidden width, or a fraction of the channels (default: 64)"
     )
-    options.add_argument("--placement", help="where a block goes: conv, norm, residual, pre, post or identity (default: conv)")
+    options.add_argument("--placement", help=f"where a block goes: {', '.join(PLACEMENTS)} (default: conv)")
     options.add_argument(
         "--budget",
         action="append",

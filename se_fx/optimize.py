@@ -12,12 +12,11 @@ import torch
 from torch import Tensor, fx, nn
 
 from se_fx.analysis import arguments, called, is_plain, modules_of
-from se_fx.capture import Capture, capture, collector_paused, has_traced_hooks, is_foreign
+from se_fx.capture import Capture, capture, collector_paused
 from se_fx.cost import NEEDS_VALUES, Call, as_call, faked, measure
 from se_fx.errors import SqueezeExciteError, hint, shown
-from se_fx.insertion import withdraw
 from se_fx.planning import take_plans
-from se_fx.regions import GraphRegion, add_constants, clone, copied, own_class, restore_code, run_graphs, view
+from se_fx.regions import EXCITE, GraphRegion, add_constants, clone, copied, own_class, restore_code, run_graphs, view
 from se_fx.rewrites import REWRITES, Algebra, Change, Optimization, Rewrite, Step, give_optimization, optimization_of
 
 __all__ = ["optimize_for_inference"]
@@ -99,13 +98,14 @@ def _optimized(captured: Capture, rewrites: dict[str, Rewrite], example_inputs: 
     base = clone(captured.model)
     take_plans(base)
     views: dict[str, fx.GraphModule] = {}
+    alone = {base.get_submodule(region.path) for region in captured.regions if region.graphs is None}
     for region in captured.regions:
         if region.graphs is not None:
             module = base.get_submodule(region.path)
-            restore_code(module)
+            restore_code(module, hosts=not region.path)
             add_constants(module, region.constants)
             views[region.path] = view(module, copied(region.graphs[False])[0])
-            _strip(views[region.path])
+            _strip(views[region.path], alone)
     cost = None
     if example_inputs is not None:
         cost = measure(captured.model, example_inputs).total
@@ -145,19 +145,22 @@ def _without_autocast() -> Iterator[None]:
 
 
 # ------------------------------------------------------------------------------------------------------------ preparation
-def _strip(region: fx.GraphModule) -> None:
-    """Take out what does nothing in eval mode, and the hooks of convs whose blocks are in the graph as nodes."""
+def _strip(region: fx.GraphModule, alone: set[nn.Module]) -> None:
+    """Take out what does nothing in eval mode, and have modules not scale what they return where blocks are nodes.
+
+    Args:
+        region: the region.
+        alone: convs that code calls which isn't in graphs, and that go on scaling there.
+    """
     modules = modules_of(region)
     for node in list(region.graph.nodes):
         module, given = called(node, modules), arguments(node, modules) or {}
         if _is_idle(module) and len(node.args) + len(node.kwargs) == 1 and isinstance(given.get("input"), fx.Node):
             node.replace_all_uses_with(given["input"])
             region.graph.erase_node(node)
-        elif module is not None and has_traced_hooks(module) and any(map(is_foreign, module.children())):
-            plain = clone(module)
-            withdraw(plain)
-            region.add_submodule(f"{node.target}_plain", plain)
-            node.target = f"{node.target}_plain"
+        elif module is not None and EXCITE in node.kwargs and module not in alone:
+            restore_code(module)
+            node.kwargs = {}
 
 
 def _is_idle(module: nn.Module | None) -> bool:
@@ -198,8 +201,7 @@ def _assembled(base: nn.Module, views: Mapping[str, fx.GraphModule], *, exported
         graph, _ = copied(region.graph)
         for node in graph.nodes:
             _bring(module, region, node)
-        evaluate, train = view(module, graph), view(module, _refusal(graph))
-        run_graphs(module, {False: evaluate, True: train}, as_graph_module=not path)
+        run_graphs(module, {False: graph, True: _refusal(graph)}, as_graph_module=not path, keeps_class=False)
         if isinstance(module, GraphRegion) and not isinstance(module, own_class(module)):
             _prune(module)
             if exported:

@@ -13,7 +13,7 @@ from se_fx.capture import capture, check_seed, check_whole, collector_paused, dr
 from se_fx.cost import NO_COST, Measurement, activation_bytes, measure
 from se_fx.criteria import Where
 from se_fx.errors import SqueezeExciteError
-from se_fx.insertion import CONTAINER, Joining, as_optimizers, attach, blocks_of, insert, withdraw
+from se_fx.insertion import Joining, as_optimizers, block_names, insert, insert_in_place, undone_on_failure, withdraw
 from se_fx.placement import Policy
 from se_fx.planning import (
     BlockFactory,
@@ -24,7 +24,6 @@ from se_fx.planning import (
     choose,
     fit,
     give_plan,
-    plan_of,
     take_plans,
 )
 from se_fx.regions import clone, graphs_of, own_class
@@ -68,10 +67,10 @@ def transform(
             the largest count there is, if that is less.
         latent_channels: hidden width of the blocks (int >= 1), or a fraction in (0, 1) of the channels; at most four times
             these, or 1024 where that is more.
-        placement: where a block goes: directly after the conv ("conv"); after the norm that follows it ("norm"); at the
-            end of each residual branch ("residual": the paper's SE); before the branch ("pre"), on the shortcut
-            ("identity"), after the sum and its activation ("post"): the paper's variants; or a policy of your own, as
-            in `se_fx.placement`.
+        placement: where a block goes: directly after the conv ("conv"); after the norm that follows it ("norm"); after
+            the activation behind these ("activation": EfficientNet's); at the end of each residual branch ("residual": the
+            paper's SE); before the branch ("pre"), on the shortcut ("identity"), after the sum and its activation ("post"): the
+            paper's variants; or a policy of your own, as in `se_fx.placement`.
         init: "default", or "identity": gates are exactly 1.0 until training moves them, so outputs stay bitwise equal.
         bias: whether the blocks' linear layers have biases.
         activation: the blocks' hidden activation, "relu", "silu" or "gelu", or a function of a tensor (a module too).
@@ -240,12 +239,23 @@ def apply_squeeze_excite(
     min_channels: int | str = 128,
     optimizers: Optimizer | Iterable[Optimizer] | None = None,
     *,
+    plan: Plan | None = None,
+    placement: str | Policy = "conv",
+    init: str = "default",
+    bias: bool = False,
+    activation: str | Function = "relu",
+    gate: str | Function = "sigmoid",
+    block: str | BlockFactory | None = None,
+    where: Where = None,
+    overrides: Overrides = None,
     seed: int | None = None,
+    **criteria: Any,
 ) -> None:
-    """Put Squeeze-and-Excitation blocks after the Conv2d layers of `model`, in place.
+    """Put Squeeze-and-Excitation blocks into `model`, in place: all that `transform` can do, in the user's own model.
 
-    The model keeps its class, methods, submodules and Parameter objects. Each block hangs on its conv, as
-    ``conv.squeeze_excite``, and so works whatever code calls the conv. A second call adds nothing.
+    The model keeps its class, methods, hooks, attributes, submodules and Parameter objects, and goes on running its own code. A
+    block stands in the module whose code receives the value it scales, under the same key as in what `transform` returns: a
+    checkpoint of one loads into the other. `se_fx.remove` gives a copy without. A second call adds nothing.
 
     Args:
         model: any module with `nn.Conv2d` layers, not yet compiled, scripted or wrapped for distribution.
@@ -253,34 +263,59 @@ def apply_squeeze_excite(
         min_channels: a Conv2d gets a block where it has at least as many *output* channels, or "auto".
         optimizers: one or several; a block's parameters join the parameter group that holds its conv's, or, where
             none does (a frozen conv), the first group of the first optimizer. State gathered so far is kept.
+        plan: sites chosen before, to be used instead of all other options.
+        placement: as for `transform`, and so are all others.
+        init: as for `transform`.
+        bias: as for `transform`.
+        activation: as for `transform`.
+        gate: as for `transform`.
+        block: as for `transform`.
+        where: as for `transform`.
+        overrides: as for `transform`.
         seed: draw the blocks' initial weights from this seed alone, as `transform` does.
+        **criteria: as for `transform`.
 
     Raises:
         SqueezeExciteError: an argument is not what is expected; then nothing has been changed.
 
     The interface is that of MosaicML Composer's `apply_squeeze_excite`.
+
+    >>> net = nn.Sequential(nn.Conv2d(3, 256, 3), nn.BatchNorm2d(256), nn.ReLU())
+    >>> apply_squeeze_excite(net, placement="norm", init="identity")
+    >>> type(net).__name__, len(net), [key for key in net.state_dict() if "fc" in key]
+    ('Sequential', 3, ['squeeze_excite.of_0.fc1.weight', 'squeeze_excite.of_0.fc2.weight'])
     """
-    options = Options.given(min_channels=min_channels, latent_channels=latent_channels)
+    options = Options.given(
+        min_channels=min_channels,
+        latent_channels=latent_channels,
+        placement=placement,
+        init=init,
+        bias=bias,
+        activation=activation,
+        gate=gate,
+        block=block,
+        where=where,
+        overrides=overrides,
+        **criteria,
+    )
+    _check_alone(plan, options)
     check_seed(seed)
     chosen_optimizers = as_optimizers(optimizers)
-    choice = choose(capture(model), options)
-    before = plan_of(model)
-    with kept_on_failure(model):
+    captured = capture(model)
+    choice = choose(captured, options) if plan is None else fit(captured, plan)
+    with kept_on_failure(model), undone_on_failure(model):
         with drawing_from(seed) as made_on:
-            blocks = choice.blocks(made_on)
-        convs = {name: choice.convs[name] for name in blocks}
-        owners = [(f"{name}.{CONTAINER}".lstrip("."), convs[name], block) for name, block in blocks.items()]
+            insertions = choice.insertions(made_on)
+        insert_in_place(captured, insertions)
+        give_plan(model, choice.after)
+        paths = {name: path for name, path in block_names(model).items() if name in choice.places and name in choice.convs}
+        new = {site.name for site in choice.plan.sites}
+        owners = [(path, choice.convs[name], model.get_submodule(path)) for name, path in paths.items() if name in new]
         join = Joining(chosen_optimizers, owners)
         try:
-            for name, block in blocks.items():
-                attach(convs[name], block)
             join.apply()
-            give_plan(model, choice.after)
         except BaseException:  # an interrupt, too
-            for conv in convs.values():
-                withdraw(conv)
             join.undo()
-            give_plan(model, before)
             raise
 
 
@@ -299,7 +334,7 @@ def _check_alone(plan: Any, options: Options) -> None:
 def _costed(rewritten: nn.Module, example_inputs: Any) -> tuple[Plan, Measurement]:
     """The plan that `rewritten` carries with sizes and costs, and the measurement they come from."""
     known = Plan.of(rewritten)
-    measurement = measure(rewritten, example_inputs, blocks_of(rewritten))
+    measurement = measure(rewritten, example_inputs, block_names(rewritten))
     sites = []
     for site in known.sites:
         shape = measurement.shapes.get(site.name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -52,6 +53,8 @@ CALLS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
     "apply_squeeze_excite": (se_fx.apply_squeeze_excite, {"model": MODEL, "min_channels": 1, "optimizers": OPTIMIZERS}),
     "report": (se_fx.report, {"rewritten": REWRITTEN}),
     "remove": (se_fx.remove, {"rewritten": REWRITTEN}),
+    "blocks_of": (se_fx.blocks_of, {"rewritten": REWRITTEN}),
+    "bypassed": (lambda rewritten: se_fx.bypassed(rewritten).__enter__(), {"rewritten": copy.deepcopy(REWRITTEN)}),
     "profile_gates": (se_fx.profile_gates, {"rewritten": REWRITTEN, "batches": [X], "progress": False}),
     "fold_gates": (se_fx.fold_gates, {"rewritten": REWRITTEN, "profile": PROFILE, "tolerance": 10, "progress": False}),
     "optimize_for_inference": (se_fx.optimize_for_inference, {"model": EVALUATED}),

@@ -110,12 +110,12 @@ def in_place(case: Case) -> Pairs:
     optimizers = [torch.optim.SGD(parameters[:half], 0.1, momentum=0.9), torch.optim.AdamW(parameters[half:] or parameters[:0])]
     for _ in range(2):  # the second time, nothing more
         se_fx.apply_squeeze_excite(model, 2, case.options["min_channels"], optimizers, seed=case.options.get("seed"))
-    assert type(model) is type(case.model)
+    assert isinstance(model, type(case.model))
     assert all(model.state_dict(keep_vars=True)[key] is tensor for key, tensor in tensors.items())
     assert is_new(model.state_dict().keys() - keys)
     joined = [p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
     assert sorted(map(id, joined)) == sorted(map(id, model.parameters()))
-    new = [model.get_submodule(f"{site.name}.squeeze_excite") for site in se_fx.report(model).sites]
+    new = list(se_fx.blocks_of(model).values())
     removed = se_fx.remove(model)
     for block in new:  # gates of 2 * sigmoid(0)
         block.gate_scale = 2.0

@@ -84,11 +84,16 @@ SqueezeExcite2d(num_features: int, latent_channels: float = 0.125, *, bias: bool
 SqueezeExciteError: ValueError
 Suggestion: options: dict[str, Any], reasons: tuple[str, ...], plan: Plan
 apply_squeeze_excite(model: nn.Module, latent_channels: float = 64, min_channels: int | str = 128, optimizers: Optimizer
-        | Iterable[Optimizer] | None = None, *, seed: int | None = None)
+        | Iterable[Optimizer] | None = None, *, plan: Plan | None = None, placement: str | Policy = 'conv', init: str =
+        'default', bias: bool = False, activation: str | Function = 'relu', gate: str | Function = 'sigmoid', block: str
+        | BlockFactory | None = None, where: Where = None, overrides: Overrides = None, seed: int | None = None,
+        **criteria: Any)
 bench(models: Mapping[str, nn.Module] | nn.Module, example_inputs: Any = None, *, batch_sizes: Sequence[int] = (1,),
         compiled: bool | str = False, freezing: bool = False, training: bool = False, channels_last: bool = False,
         dtype: torch.dtype | None = None, autocast: torch.dtype | None = None, device: torch.device | str | None = None,
         rounds: int = 15, min_seconds: float = 0.05, progress: bool = True) -> Benchmark
+blocks_of(rewritten: nn.Module) -> dict[str, nn.Module]
+bypassed(rewritten: nn.Module) -> Iterator[None]
 fold_gates(rewritten: nn.Module, profile: GateProfile, tolerance: float = 0.02, *, held_out: Iterable[Any] | None =
         None, progress: bool = True) -> Folding
 measure_machine(device: torch.device | str = 'cpu', dtype: torch.dtype = torch.float32) -> Machine
@@ -141,8 +146,8 @@ se-fx bench MODEL [--input N,C,H,W] [--json] [--min-channels N] [--where GLOB] [
 plan: {"version": 1, "sites": [{"name": "0", "channels": 8, "latent_channels": 2, "placement": "conv", "init":
         "default", "bias": false, "activation": "relu", "gate": "sigmoid", "block": null}]}
 state_dict: _extra_state, fc1.weight, fc1.bias, fc2.weight, fc2.bias
-state_dict of a rewritten model: 0.weight, 0.bias, squeeze_excite.0._extra_state, squeeze_excite.0.fc1.weight,
-        squeeze_excite.0.fc2.weight
+state_dict of a rewritten model: squeeze_excite.of_0._extra_state, squeeze_excite.of_0.fc1.weight,
+        squeeze_excite.of_0.fc2.weight, 0.weight, 0.bias
 requires-python: ">=3.10"
 dependencies: ["torch>=2.6", "networkx>=3.0", "tabulate>=0.9"]
 extras: torchvision, timm, html, examples, lightning, onnx, test, docs, dev

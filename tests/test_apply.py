@@ -65,7 +65,7 @@ def test_in_the_middle_of_training_a_pretrained_network(lite0: nn.Module) -> Non
 
     assert se_fx.apply_squeeze_excite(net, latent_channels=4, min_channels=3, optimizers=optimizer) is None
 
-    assert type(net) is Net
+    assert isinstance(net, Net)
     assert all(net.get_submodule(name) is module for name, module in modules.items())
     assert all(dict(net.named_parameters())[name] is p for name, p in parameters.items())
     assert all(torch.equal(optimizer.state[p]["momentum_buffer"], buffer) for p, buffer in momentum.items())
@@ -100,7 +100,7 @@ def test_every_way_to_a_conv_goes_through_its_block() -> None:
     assert len(reached) == 23
     reached.clear()
     net.features.layer1[0].conv1(torch.randn(1, 64, 8, 8))
-    assert reached == ["features.layer1.0.conv1.squeeze_excite"]
+    assert reached == ["features.layer1.0.squeeze_excite.of_conv1"]
 
 
 def test_is_composers_result() -> None:

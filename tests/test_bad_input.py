@@ -46,8 +46,10 @@ import se_fx
 from se_fx.placement import Spot
 
 TRANSFORMS = ("transform", "plan")
+CHOOSING = (*TRANSFORMS, "apply_squeeze_excite")
+REPLAYING = ("transform", "apply_squeeze_excite")
 OF_MODELS = (*TRANSFORMS, "suggest", "apply_squeeze_excite", "optimize_for_inference")
-OF_REWRITTEN = ("report", "remove", "profile_gates", "fold_gates", "Plan.of")
+OF_REWRITTEN = ("report", "remove", "blocks_of", "bypassed", "profile_gates", "fold_gates", "Plan.of")
 
 Row = tuple[str, str, Any, str]  # function, argument, value, what the message says
 
@@ -67,16 +69,16 @@ ROWS: list[Row] = [
     *rows(OF_REWRITTEN, "rewritten", *NOT_REWRITTEN),
     # options of transform and plan
     *rows(
-        (*TRANSFORMS, "apply_squeeze_excite"),
+        CHOOSING,
         "min_channels",
         *(
             (value, "expected the least number of output channels")
             for value in (0, -1, 1.5, True, "many", "", None, math.nan, [])
         ),
     ),
-    *rows((*TRANSFORMS, "apply_squeeze_excite", "SqueezeExcite2d"), "latent_channels", *NO_WIDTHS, *TOO_WIDE),
+    *rows((*CHOOSING, "SqueezeExcite2d"), "latent_channels", *NO_WIDTHS, *TOO_WIDE),
     *rows(
-        TRANSFORMS,
+        CHOOSING,
         "placement",
         *((value, "expected one of 'conv'") for value in ("sideways", "", 3, None, [])),
         *(
@@ -91,13 +93,13 @@ ROWS: list[Row] = [
         ),
     ),
     *rows(
-        (*TRANSFORMS, "SqueezeExcite2d"), "init", *((value, "expected one of 'default'") for value in ("ones", 3, None, [], nn))
+        (*CHOOSING, "SqueezeExcite2d"), "init", *((value, "expected one of 'default'") for value in ("ones", 3, None, [], nn))
     ),
-    *rows((*TRANSFORMS, "SqueezeExcite2d"), "bias", *NO_FLAGS),
-    *rows((*TRANSFORMS, "SqueezeExcite2d"), "activation", *NO_FUNCTIONS),
-    *rows((*TRANSFORMS, "SqueezeExcite2d"), "gate", *NO_FUNCTIONS),
+    *rows((*CHOOSING, "SqueezeExcite2d"), "bias", *NO_FLAGS),
+    *rows((*CHOOSING, "SqueezeExcite2d"), "activation", *NO_FUNCTIONS),
+    *rows((*CHOOSING, "SqueezeExcite2d"), "gate", *NO_FUNCTIONS),
     *rows(
-        (*TRANSFORMS, "SqueezeExcite2d"),
+        (*CHOOSING, "SqueezeExcite2d"),
         "gate",
         (Together(gate=nn.Tanh(), init="identity"), "the gate is 0.0 at zero"),
         (Together(gate=fails, init="identity"), "it raised RuntimeError; use init='default'"),
@@ -106,10 +108,10 @@ ROWS: list[Row] = [
             "expected a function of a tensor to one of the same shape",
         ),
     ),
-    *rows(TRANSFORMS, "where", *((value, "expected a predicate") for value in (3, "", [], [3], True, {1: 2}))),
-    *rows(TRANSFORMS, "where", *((value, "matches no Conv2d; the first is named '0'") for value in ("layr*", "a\nb", ["!9"]))),
+    *rows(CHOOSING, "where", *((value, "expected a predicate") for value in (3, "", [], [3], True, {1: 2}))),
+    *rows(CHOOSING, "where", *((value, "matches no Conv2d; the first is named '0'") for value in ("layr*", "a\nb", ["!9"]))),
     *rows(
-        TRANSFORMS,
+        CHOOSING,
         "overrides",
         (["layer4"], "expected a dict from glob patterns"),
         ({3: {}}, "overrides[3]"),
@@ -120,7 +122,7 @@ ROWS: list[Row] = [
         ({"9": {"bias": True}}, "'9' matches no Conv2d; the first is named '0'"),
     ),
     *rows(
-        TRANSFORMS,
+        CHOOSING,
         "block",
         *((value, "a factory channels -> nn.Module") for value in (3, "cbam", "", [])),
         (fails, "a factory channels -> nn.Module, and for 8 it failed: RuntimeError: on purpose"),
@@ -131,26 +133,34 @@ ROWS: list[Row] = [
         (Together(block=nn.Identity, init="identity"), "init: is for se_fx's own block, and not for block="),
     ),
     *rows(
-        TRANSFORMS,
+        CHOOSING,
         "gate",
         (lambda x: x.sum(1), "returns a tensor of its input's shape"),
         (lambda x: torch.cat([x, x], 1), "returns a tensor of its input's shape"),
     ),
-    *rows(TRANSFORMS, "placement", (fails, "a policy (graph, root) -> spots, and it failed: RuntimeError: on purpose")),
+    *rows(CHOOSING, "placement", (fails, "a policy (graph, root) -> spots, and it failed: RuntimeError: on purpose")),
     *rows(
-        TRANSFORMS, "placement", *((each, "a policy (graph, root) -> spots, and it failed") for each in (nn.ReLU, lambda *_: 3))
+        CHOOSING, "placement", *((each, "a policy (graph, root) -> spots, and it failed") for each in (nn.ReLU, lambda *_: 3))
     ),
-    *rows(TRANSFORMS, "where", (fails, "failed: RuntimeError: on purpose"), (nn.ReLU, "failed: TypeError")),
-    *rows(TRANSFORMS, "where", (lambda name, module: np.ones(2), "failed: ValueError: The truth value of an array")),
-    *rows("transform", "plan", (Together(plan=PLAN, gate="hardsigmoid"), "a plan fixes all options already")),
-    *rows("transform", "plan", *(({"version": 1}, "plan=dict: expected a Plan"), ([], "plan=list"), ("p.json", "plan=str"))),
+    *rows(CHOOSING, "where", (fails, "failed: RuntimeError: on purpose"), (nn.ReLU, "failed: TypeError")),
+    *rows(CHOOSING, "where", (lambda name, module: np.ones(2), "failed: ValueError: The truth value of an array")),
     *rows(
         ("transform", "apply_squeeze_excite"),
+        "plan",
+        (Together(plan=PLAN, gate="hardsigmoid"), "a plan fixes all options already"),
+    ),
+    *rows(
+        ("transform", "apply_squeeze_excite"),
+        "plan",
+        *(({"version": 1}, "plan=dict: expected a Plan"), ([], "plan=list"), ("p.json", "plan=str")),
+    ),
+    *rows(
+        REPLAYING,
         "seed",
         *((value, "expected an integer from 0 to 2**64 - 1, or None") for value in (-1, 2**64, True, 1.0, "0", math.nan, [0])),
     ),
-    *rows(TRANSFORMS, "min_chanels", (64, "there is no such option; did you mean 'min_channels'?")),
-    *rows(TRANSFORMS, "foo", (64, "there is no such option; expected one of")),
+    *rows(CHOOSING, "min_chanels", (64, "there is no such option; did you mean 'min_channels'?")),
+    *rows(CHOOSING, "foo", (64, "there is no such option; expected one of")),
     *rows(
         "apply_squeeze_excite",
         "optimizers",

@@ -31,7 +31,7 @@ DETECTORS = ["fasterrcnn_mobilenet_v3_large_fpn", "ssdlite320_mobilenet_v3_large
 def test_trains_a_step_and_detects_as_before(name: str) -> None:
     model = detector(name)
     rewritten = se_fx.transform(copy.deepcopy(model), min_channels=64, latent_channels=8, init="identity")
-    assert type(rewritten) is type(model)
+    assert isinstance(rewritten, type(model))
     images = [torch.rand(3, 64, 80), torch.rand(3, 96, 64)]
     results = []
     for each in (model, rewritten):

@@ -7,7 +7,7 @@ import inspect
 from collections.abc import Iterator
 
 from bad_values import CALLS
-from test_bad_input import ROWS, TRANSFORMS
+from test_bad_input import CHOOSING, ROWS
 
 import se_fx
 from se_fx.criteria import CRITERIA
@@ -25,7 +25,7 @@ TRACED = {"SqueezeExcite2d.excitation", "SqueezeExcite2d.forward"}
 def public() -> Iterator[tuple[str, str]]:
     """Every parameter of every public function, method and constructor, and every option, whether signatures name it or not."""
     options = {*CRITERIA, *(field.name for field in dataclasses.fields(Options))} - {"criteria"}
-    yield from ((name, option) for name in TRANSFORMS for option in options)
+    yield from ((name, option) for name in CHOOSING for option in options)
     for name in se_fx.__all__:
         found = getattr(se_fx, name)
         functions = {name: found}

@@ -144,7 +144,7 @@ def test_models_in_regions() -> None:
     detector = torchvision.models.detection.fasterrcnn_mobilenet_v3_large_320_fpn(weights=None, weights_backbone=None)
     model = settled(se_fx.transform(detector, min_channels=64))
     fast = se_fx.optimize_for_inference(model)
-    assert type(fast) is type(detector)
+    assert isinstance(fast, type(detector))
     assert applied(fast)["vector_products"] > 16
     x = [torch.rand(3, 200, 160), torch.rand(3, 150, 150)]
     for a, b in zip(fast(x), model(x), strict=True):

@@ -103,9 +103,9 @@ def test_timms_se_networks(name: str) -> None:
     weights = {}
     for key, value in theirs.state_dict().items():
         block, is_se, layer = key.partition(".se.")
-        weights[f"squeeze_excite.{block}.{last}.{layer}" if is_se else key] = value
+        weights[f"{block}.squeeze_excite.of_{last}.{layer}" if is_se else key] = value
     for key in weights:
-        if key.startswith("squeeze_excite") and key.endswith("weight"):
+        if "squeeze_excite" in key and key.endswith("weight"):
             weights[key] = weights[key].flatten(1)  # of a 1x1 convolution
     missing, unexpected = gm.load_state_dict(weights, strict=False)
     assert not unexpected

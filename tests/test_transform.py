@@ -16,7 +16,7 @@ import se_fx
 
 
 def inserted(gm: nn.Module) -> list[fx.Node]:
-    return [node for node in gm.graph.nodes if node.op == "call_module" and str(node.target).startswith("squeeze_excite.")]
+    return [node for node in gm.graph.nodes if node.op == "call_module" and "squeeze_excite" in str(node.target).split(".")]
 
 
 # ---------------------------------------------------------------------------------------------------------------- sites
@@ -36,7 +36,8 @@ def test_resnet50_gets_one_block_for_every_conv_of_512_or_more_output_channels()
     assert [site.name for site in se_fx.report(gm).sites] == expected
     for node in inserted(gm):
         (conv,) = node.args
-        assert f"squeeze_excite.{conv.target}" == node.target
+        host, _, name = conv.target.rpartition(".")
+        assert node.target == f"{host}.squeeze_excite.of_{name}"
         assert list(conv.users) == [node]  # all other users read the scaled value
         block = gm.get_submodule(node.target)
         assert (block.num_features, block.latent_channels) == (gm.get_submodule(conv.target).out_channels, 64)
@@ -154,11 +155,11 @@ def test_a_shared_conv_has_one_block_applied_at_each_call() -> None:
 def test_a_lone_conv_stays_a_conv() -> None:
     conv = nn.Conv2d(3, 256, 3)
     result = se_fx.transform(conv)
-    assert type(result) is nn.Conv2d
+    assert isinstance(result, nn.Conv2d)
     weights = [key for key in result.state_dict() if not key.endswith("._extra_state")]
-    assert weights == ["weight", "bias", "squeeze_excite.fc1.weight", "squeeze_excite.fc2.weight"]
+    assert weights == ["weight", "bias", "squeeze_excite.of_conv.fc1.weight", "squeeze_excite.of_conv.fc2.weight"]
     x = torch.randn(1, 3, 8, 8)
-    assert torch.equal(result(x), result.squeeze_excite(conv(x)))
+    assert torch.equal(result(x), se_fx.blocks_of(result)[""](conv(x)))
     assert torch.equal(se_fx.remove(result)(x), conv(x))
     assert [site.name for site in se_fx.report(result, x).sites] == [""]
 

@@ -8,7 +8,7 @@ from se_fx.analysis.calls import Modules, arguments, called, is_plain, modules_o
 from se_fx.analysis.channels import Values, channels
 from se_fx.analysis.dataflow import ADDS, PRODUCTS, attention_convs
 from se_fx.analysis.effects import Effects
-from se_fx.analysis.residual import Unit, activation_after, residual_units
+from se_fx.analysis.residual import Unit, activation_after, is_nonlinear, residual_units
 
 __all__ = [
     "ADDS",
@@ -22,6 +22,7 @@ __all__ = [
     "attention_convs",
     "called",
     "channels",
+    "is_nonlinear",
     "is_plain",
     "modules_of",
     "residual_units",

@@ -14,7 +14,7 @@ from se_fx.analysis.calls import Modules, called, modules_of
 from se_fx.analysis.channels import channels
 from se_fx.analysis.dataflow import ADDS, attention_convs, inserted, live, pooled
 
-__all__ = ["Unit", "activation_after", "residual_units"]
+__all__ = ["Unit", "activation_after", "is_nonlinear", "residual_units"]
 
 
 @dataclass(frozen=True)
@@ -74,8 +74,8 @@ def residual_units(graph: fx.Graph, root: nn.Module) -> Iterator[Unit]:
             width is not None
             and len(names[longer]) > len(names[1 - longer])
             and not _leaks(branch, add, data)
-            and any(_is_nonlinear(node, modules) for node in branch)
-            and not any(_is_nonlinear(node, modules) and not inserted(node, modules) for node in shortcut)
+            and any(is_nonlinear(node, modules) for node in branch)
+            and not any(is_nonlinear(node, modules) and not inserted(node, modules) for node in shortcut)
             and all(_leads(start, operand, at_one_resolution) for operand in operands)
         )
         end = _before_scaling(operands[longer], branch, data, modules)
@@ -184,7 +184,8 @@ def _holds(module: nn.Module | None, words: tuple[str, ...]) -> bool:
     return any(word in type(part).__name__.lower() for part in parts for word in words)
 
 
-def _is_nonlinear(node: fx.Node, modules: Modules) -> bool:
+def is_nonlinear(node: fx.Node, modules: Modules) -> bool:
+    """Whether a node calls an activation, or a module that has one."""
     return _names(node, _NONLINEAR) or _holds(called(node, modules), _NONLINEAR)
 
 
@@ -195,7 +196,7 @@ def _upsamples(node: fx.Node, modules: Modules) -> bool:
 def activation_after(node: fx.Node, modules: Modules) -> fx.Node | None:
     """The activation that alone reads a value, if that is so."""
     users = list(node.users)
-    if len(users) != 1 or len(users[0].all_input_nodes) != 1 or not _is_nonlinear(users[0], modules):
+    if len(users) != 1 or len(users[0].all_input_nodes) != 1 or not is_nonlinear(users[0], modules):
         return None
     module = called(users[0], modules)
     return users[0] if module is None or not list(module.parameters()) else None

@@ -4,13 +4,14 @@ A *region* is a module captured as graphs; what can't be traced runs its own cod
 region, down to a lone Conv2d. Knows nothing of Squeeze-and-Excitation.
 """
 
-from se_fx.capture.capturing import Capture, Region, capture, collector_paused, is_foreign
+from se_fx.capture.capturing import Capture, Region, capture, collector_paused
 from se_fx.capture.plain import check_whole, is_conv
 from se_fx.capture.randomness import check_seed, drawing_from, kept_on_failure, random_state, set_random_state
-from se_fx.capture.tracer import TRACED_HOOKS, has_traced_hooks
+from se_fx.capture.tracer import EXCITED, Call
 
 __all__ = [
-    "TRACED_HOOKS",
+    "EXCITED",
+    "Call",
     "Capture",
     "Region",
     "capture",
@@ -18,9 +19,7 @@ __all__ = [
     "check_whole",
     "collector_paused",
     "drawing_from",
-    "has_traced_hooks",
     "is_conv",
-    "is_foreign",
     "kept_on_failure",
     "random_state",
     "set_random_state",

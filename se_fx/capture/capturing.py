@@ -23,8 +23,9 @@ from torch import Tensor, fx, nn
 
 from se_fx.capture.plain import check_plain, closed_parts, is_conv
 from se_fx.capture.randomness import random_state, set_random_state
+from se_fx.capture.tracer import Call
 from se_fx.capture.tracing import Tracing, Untraceable
-from se_fx.regions import Inserted, clone
+from se_fx.regions import Inserted, clone, restore_code
 
 __all__ = ["Capture", "Region", "capture", "collector_paused", "is_foreign"]
 
@@ -38,12 +39,14 @@ class Region:
         module: the module the graphs' targets refer to, in a scratch clone of the model. To be read, never run.
         graphs: the graph by `training`, one object under both keys where the modes agree; None for a lone Conv2d.
         constants: tensors that the model's code made while being traced, by the attribute name the graphs use.
+        calls: the tree of calls behind each graph.
     """
 
     path: str
     module: nn.Module
     graphs: dict[bool, fx.Graph] | None
     constants: dict[str, Tensor] = field(default_factory=dict)
+    calls: dict[fx.Graph, Call] = field(default_factory=dict)
 
     def convs(self) -> dict[nn.Module, str]:
         """The Conv2d modules the region calls, with their names in it; a lone Conv2d's is empty."""
@@ -96,7 +99,7 @@ def capture(model: nn.Module, *, finely: bool = False) -> Capture:
 
 
 def _captured(model: nn.Module, finely: bool) -> Capture:
-    scratch = clone(model)
+    scratch = _clone_with_code(model)
     closed = closed_parts(scratch)
     shut = {part for name in closed for part in scratch.get_submodule(name).modules()}
     entered = _entered(scratch, shut, finely)
@@ -116,8 +119,8 @@ def _captured(model: nn.Module, finely: bool) -> Capture:
         if module not in entered or isinstance(module, nn.Conv2d):
             return
         try:
-            tracing = Tracing(module, entered, (False,) if finely else (True, False), written)
-            region = Region(path, module, tracing.graphs(), tracing.constants)
+            tracing = Tracing(module, entered, (False,) if finely else (True, False), written, bool(path))
+            region = Region(path, module, tracing.graphs(), tracing.constants, tracing.calls)
         except Untraceable as untraceable:
             opaque[path] = str(untraceable)
             for child in _called_children(module, untraceable.called):
@@ -187,6 +190,16 @@ def collector_paused() -> Iterator[None]:
     finally:
         if enabled:
             gc.enable()
+
+
+def _clone_with_code(model: nn.Module) -> nn.Module:
+    scratch = clone(model)
+    for module in scratch.modules():
+        if not module.__dict__.get("_edited") and module.__dict__.get(
+            "_replaceable", True
+        ):  # its code holds the same, and says what calls what
+            restore_code(module, hosts=False)
+    return scratch
 
 
 def _entered(model: nn.Module, shut: set[nn.Module], finely: bool) -> set[nn.Module]:

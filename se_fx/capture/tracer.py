@@ -11,6 +11,7 @@ import collections
 import re
 import threading
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
@@ -21,13 +22,36 @@ from se_fx.capture.randomness import random_state, set_random_state
 from se_fx.capture.snapshot import Snapshot
 from se_fx.capture.values import CHECKPOINT, CHECKPOINTS, WRITES, Value, watched
 from se_fx.errors import reason_of
-from se_fx.regions import hooked, reserve_names
+from se_fx.regions import EXCITE, UNSCALED, excitement, hooked, reserve_names
 
-__all__ = ["DRAWS", "TRACED_HOOKS", "Tracer", "has_traced_hooks"]
+__all__ = ["DRAWS", "EXCITED", "Call", "Tracer"]
 
+#: The key in the `meta` of a block's node under which it says which module's value it scales, where that does so by itself.
+EXCITED = "excited"
 DRAWS = "draws random numbers that a graph would freeze"
-#: Forward hooks that are looked into where their modules' children are.
-TRACED_HOOKS: set[Callable[..., Any]] = set()
+
+
+@dataclass(eq=False)
+class Call:
+    """One call of a module that was looked into.
+
+    Traced values are nodes in what it was given and what it returned; all else is as the code had it.
+
+    Attributes:
+        path: the module's qualified name in the root; empty for the root's own.
+        caller: the call whose code made it; None for the root's own.
+        args: what it was given by position.
+        kwargs: what it was given by name.
+        steps: what its code did, in order: operators and calls of other modules, as nodes; calls of those looked into.
+        returned: what it returned; None for the root's own.
+    """
+
+    path: str
+    caller: Call | None = None
+    args: tuple[Any, ...] = ()
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    steps: list[fx.Node | Call] = field(default_factory=list)
+    returned: Any = None
 
 
 class Tracer(fx.Tracer):
@@ -41,6 +65,7 @@ class Tracer(fx.Tracer):
         entered: all modules whose code is to be looked into; None for every module to be a leaf.
         inputs: values for the code to see in place of the root's arguments of these names.
         snapshot: the state of the root and all within, as it was before; None to ignore what code changes.
+        within: the root is a module within a model, of which others may call it.
         watch: find out whose code draws random numbers other than as tensors' values, or changes state; it turns opaque.
     """
 
@@ -53,14 +78,16 @@ class Tracer(fx.Tracer):
         inputs: dict[str, Any] | None = None,
         snapshot: Snapshot | None = None,
         watch: bool = False,
+        within: bool = False,
     ) -> None:
         super().__init__(autowrap_functions=(CHECKPOINT,))
         self.opaque = dict(opaque or {})
         self.entered = entered or set()
         self.inputs = inputs or {}
         self.snapshot = snapshot
-        self.watch = watch
+        self.watch, self.within = watch, within
         self.called: set[str] = set()
+        self.calls = self._call = Call("")
         self.made: dict[str, Tensor] = {}
         self.refused: str | None = None
         self.own_tensors: set[int] = set()
@@ -83,12 +110,16 @@ class Tracer(fx.Tracer):
                 raise self.refuse(f"calls a {type(m).__name__}, whose __call__ is its own")
             if self.snapshot is not None and self.snapshot.changed(m):
                 raise self.refuse(WRITES)
-            output = super().call_module(m, forward, args, kwargs)
-            through = has_traced_hooks(m) and any(child in self.entered for child in m.children())
-            for hook in m._forward_hooks.values() if through else ():
-                output = hook(m, args, output)
+            blocks = [] if EXCITE in kwargs else excitement(m)
+            output = super().call_module(m, forward, args, {**kwargs, EXCITE: False} if blocks else kwargs)
+            for container, block in blocks:  # seen as nodes of their own
+                output = getattr(container, block)(output)
+                output.node.meta[EXCITED] = name
             return output
         self._check_writes()  # of the caller's
+        call = Call(name, self._call, *_with_nodes((args, kwargs)))
+        steps, self._call = len(self._call.steps), call
+        call.caller.steps.append(call)  # type: ignore[union-attr]
         stack, randomness = self.module_stack.copy(), random_state() if self.watch else None
         try:
             _check_code(m)
@@ -99,9 +130,12 @@ class Tracer(fx.Tracer):
             self._check_writes()
             if self.refused:  # and the code has caught that
                 raise fx.proxy.TraceError(self.refused)
+            call.returned = _with_nodes(result)
+            self._call = call.caller  # type: ignore[assignment]
             return result
         except Exception as error:
-            self.module_stack, self.refused = stack, None
+            self.module_stack, self.refused, self._call = stack, None, call.caller  # type: ignore[assignment]
+            del self._call.steps[steps:]
             self.opaque[name] = reason_of(error)
             if self.watch and self.snapshot is not None:
                 self.snapshot.restore()
@@ -125,7 +159,10 @@ class Tracer(fx.Tracer):
             raise fx.proxy.TraceError(CHECKPOINTS)
         if ambient() != self._ambient:
             raise fx.proxy.TraceError("runs under a grad mode or autocast of its own, which a graph would drop")
-        return super().create_node(*args, **kwargs)
+        node = super().create_node(*args, **kwargs)
+        if node.op.startswith("call_"):
+            self._call.steps.append(node)
+        return node
 
     def create_arg(self, a: Any) -> Any:
         """Lower an argument, keeping the class of dicts that the model's callers may rely on."""
@@ -206,6 +243,8 @@ class Tracer(fx.Tracer):
         """Trace `root`; see `fx.Tracer.trace`."""
         if self.snapshot is not None:
             _check_code(root)
+        # What calls a module within the model scales what that returns.
+        self.traced_func_name = UNSCALED if self.within and excitement(root) else "forward"
         present = set(root.__dict__)
         tensors = (*root.parameters(), *root.buffers()) if self.entered else ()
         self.own_tensors = {id(tensor) for tensor in tensors}
@@ -227,9 +266,14 @@ class Tracer(fx.Tracer):
         return graph
 
 
-def has_traced_hooks(module: nn.Module) -> bool:
-    """Whether a module has hooks, and all of them are to be looked into."""
-    return bool(module._forward_hooks) and set(module._forward_hooks.values()) <= TRACED_HOOKS
+def _with_nodes(values: Any) -> Any:
+    """The same tuples, lists and dicts, with nodes for traced values."""
+    kind = type(values)
+    if kind is Value:
+        return values.node
+    if kind in (tuple, list):
+        return kind(map(_with_nodes, values))
+    return {key: _with_nodes(value) for key, value in values.items()} if kind is dict else values
 
 
 def _returns_a_tensor(module: nn.Module) -> bool:

@@ -10,7 +10,7 @@ from torch import Tensor, fx, nn
 
 from se_fx.capture.randomness import random_state
 from se_fx.capture.snapshot import Snapshot
-from se_fx.capture.tracer import DRAWS, Tracer
+from se_fx.capture.tracer import DRAWS, Call, Tracer
 from se_fx.capture.values import WRITES
 from se_fx.errors import reason_of
 from se_fx.regions import constants_of, hooked
@@ -36,22 +36,30 @@ class Tracing:
         entered: all modules whose code is to be looked into.
         modes: the values of `training` to trace it for.
         written: gains the ids of the modules that code writes to. These can be part of no graph but of their own callers' code.
+        within: whether it is a module within the model.
 
     Attributes:
         opaque: the submodules that stay calls, by name in the module, each with the reason.
         constants: tensors that the code has made, by the attribute names that the graphs use.
         called: the submodules that the code has called.
+        calls: the tree of calls behind each graph.
     """
 
     def __init__(
-        self, module: nn.Module, entered: set[nn.Module], modes: tuple[bool, ...], written: set[int] | None = None
+        self,
+        module: nn.Module,
+        entered: set[nn.Module],
+        modes: tuple[bool, ...],
+        written: set[int] | None = None,
+        within: bool = False,
     ) -> None:
         self.module = module
         self.entered = entered
-        self.modes = modes
+        self.modes, self.within = modes, within
         self.opaque: dict[str, str] = {}
         self.constants = constants_of(module)
         self.called: set[str] = set()
+        self.calls: dict[fx.Graph, Call] = {}
         self.snapshot = Snapshot(module, written)
         self._leave_alone_what_is_written()
         for name, child in module.named_modules():
@@ -87,7 +95,7 @@ class Tracing:
         if "forward" in self.module.__dict__:
             raise Untraceable("its forward was replaced on the instance", self.called)
         self.snapshot.set_mode(training)
-        tracer = Tracer(self.opaque, self.entered, defaults, self.snapshot, watch)
+        tracer = Tracer(self.opaque, self.entered, defaults, self.snapshot, watch, self.within)
         randomness = random_state()
         try:
             graph = tracer.trace(self.module)
@@ -103,6 +111,7 @@ class Tracing:
         self.opaque.update(tracer.opaque)
         self._leave_alone_what_is_written()
         self.called |= tracer.called
+        self.calls[graph] = tracer.calls
         self._keep(tracer.made, graph, "train" if training else "eval")
         return graph
 

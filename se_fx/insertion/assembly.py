@@ -1,20 +1,39 @@
-"""Assembly: a copy of a captured model, with blocks inserted into its regions."""
+"""Assembly: blocks into a captured model, in place or into a copy that runs its graphs as well."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import torch
 from torch import fx, nn
 
-from se_fx.capture import Capture, Region, collector_paused
-from se_fx.insertion.containers import attach, container_of, hold
+from se_fx.capture import Call, Capture, Region, collector_paused
+from se_fx.insertion.containers import hold
+from se_fx.insertion.host_graphs import HostGraphs, host_graphs
+from se_fx.insertion.hosting import Seat, Seats
 from se_fx.insertion.insert_blocks import InsertBlocks
 from se_fx.placement import Spot
-from se_fx.regions import add_constants, clone, copied, restore_code, run_graphs, view
+from se_fx.regions import (
+    EXCITE,
+    add_constants,
+    clone,
+    copied,
+    excite,
+    excitement,
+    own_class,
+    restore_code,
+    run_graphs,
+    run_host_graphs,
+    run_own_code,
+    view,
+    watch,
+)
 
-__all__ = ["Insertion", "insert"]
+__all__ = ["Insertion", "insert", "insert_in_place", "undone_on_failure"]
 
 
 @dataclass(frozen=True)
@@ -22,7 +41,7 @@ class Insertion:
     """One block to insert in a region.
 
     Attributes:
-        name: the block's name in the region's container of blocks.
+        name: the name in the region of the Conv2d that the block is named after; empty for a lone Conv2d.
         block: the module that scales the values.
         spots: where it goes in each graph, by `training`. Empty for a lone Conv2d.
     """
@@ -35,44 +54,232 @@ class Insertion:
 def insert(capture: Capture, insertions: Mapping[str, list[Insertion]]) -> nn.Module:
     """A copy of the captured model that shares its tensors, with `insertions` (by region path) made.
 
-    The root is an `fx.GraphModule` where it was captured as a graph, of the model's own class otherwise.
+    Regions that have any run their graphs, and so does the root: it is an `fx.GraphModule` where it was captured as a graph.
+    Their own code, which runs where a graph is stale, holds the same blocks.
     """
     with collector_paused():
         model = clone(capture.model)
-        for region in capture.regions:
-            module = model.get_submodule(region.path)
-            chosen = insertions.get(region.path, [])
-            if region.graphs is None:
-                for insertion in chosen:
-                    attach(module, insertion.block)
-            elif chosen or not region.path:
-                _rewrite(module, region, chosen)
+        _insert(model, capture, insertions, in_place=False)
     return model
 
 
-def _rewrite(module: nn.Module, region: Region, insertions: list[Insertion]) -> None:
-    assert region.graphs is not None
-    restore_code(module)
-    add_constants(module, region.constants)
-    container = container_of(module) if insertions else ""
-    for each in insertions:
-        hold(module, container, each.name, each.block)
-    views: dict[fx.Graph, fx.GraphModule] = {}
-    nowhere = Spot("", 0, ())
-    for training, graph in region.graphs.items():
-        if graph in views:
-            continue
-        edited, twin = copied(graph)
-        views[graph] = view(module, edited, compiled=False)
-        InsertBlocks(
-            (f"{container}.{each.name}", each.block, _moved(each.spots[training], twin) if training in each.spots else nowhere)
-            for each in insertions
-        )(views[graph])
-    by_mode = {training: views[graph] for training, graph in region.graphs.items()}
-    run_graphs(module, by_mode, as_graph_module=not region.path)
+def insert_in_place(capture: Capture, insertions: Mapping[str, list[Insertion]]) -> None:
+    """Make `insertions` in the captured model itself, whose own code goes on running wherever that is possible.
+
+    Call it within `undone_on_failure`.
+    """
+    with collector_paused():
+        _insert(capture.model, capture, insertions, in_place=True)
+
+
+def _insert(model: nn.Module, capture: Capture, insertions: Mapping[str, list[Insertion]], *, in_place: bool) -> None:
+    furnished = []
+    for region in capture.regions:
+        chosen = insertions.get(region.path, [])
+        if region.graphs is None:
+            for insertion in chosen:
+                _excite_alone(model, region.path, insertion.block)
+        elif chosen or not (in_place or region.path):
+            furnished.append(_Furnished(model, region, chosen))
+    for each in furnished:
+        if not in_place or each.homeless:
+            each.run_flat()
+
+
+def _excite_alone(model: nn.Module, path: str, block: nn.Module) -> None:
+    """Have a lone conv scale what it returns, by a block that stands in the module around it."""
+    home = _home(model, path.rpartition(".")[0])
+    container, _, name = hold(model, home if path else "", path, block)
+    excite(model.get_submodule(path), container, name)
+    run_own_code(model.get_submodule(home))
+    _notice_loss(model, home, path.removeprefix(f"{home}.") if home else path)
+
+
+def _home(root: nn.Module, path: str) -> str:
+    """The module around one that may hold blocks: not a list or dict, through which code goes item by item."""
+    while path and isinstance(root.get_submodule(path), (nn.ModuleList, nn.ModuleDict)):
+        path = path.rpartition(".")[0]
+    return path
+
+
+def _notice_loss(model: nn.Module, base: str, path: str) -> None:
+    """Have all modules from one on down to another notice where that is deleted, as by what folds convolutions into one.
+
+    Args:
+        model: the model.
+        base: the outer module's qualified name.
+        path: the inner module's name in it.
+    """
+    around, names = model.get_submodule(base), path.split(".") if path else []
+    for name in names:
+        if not isinstance(around, (nn.Sequential, nn.ModuleList, nn.ModuleDict)):  # these are shortened
+            around.__dict__["_holding"] = {**around.__dict__.get("_holding", {}), name: True}
+            run_own_code(around)
+        around = around.get_submodule(name)
+
+
+class _Furnished:
+    """A region of a model whose blocks have been given their seats, in place."""
+
+    def __init__(self, model: nn.Module, region: Region, insertions: Sequence[Insertion]) -> None:
+        self.model, self.region, self.insertions = model, region, insertions
+        self.module = model.get_submodule(region.path)
+        restore_code(self.module, hosts=False)
+        self.seats: dict[str, Seat] = {}
+        self.graphs: dict[str, HostGraphs | None] = {}
+        self.targets: dict[str, str] = {}  # of the blocks, in the region
+        seats = Seats(region, _shared_with_others(model, region.path))
+        for each in insertions:
+            seat = seats.of(each.spots)
+            if seat is not None and (seat.returns is not None or self._graphs_of(seat.host)):
+                self.seats[each.name] = seat
+        self.homeless = any(each.name not in self.seats for each in insertions)
+        for each in insertions:
+            self._hold(each)
+        for host in {seat.host: None for seat in self.seats.values() if seat.returns is None}:
+            self._run_graphs(host)
+
+    def _graphs_of(self, host: str) -> HostGraphs | None:
+        if host not in self.graphs:
+            self.graphs[host] = host_graphs(self.region, host)
+        return self.graphs[host]
+
+    def _hold(self, insertion: Insertion) -> None:
+        """Put one block where it stands."""
+        seat = self.seats.get(insertion.name, Seat(""))
+        home = seat.host
+        if seat.returns is not None and any(True for _ in self.module.get_submodule(seat.returns).children()):
+            home = seat.returns  # else it stays a module without children, of which tools know what it is
+        home = _home(self.module, home)
+        container, target, name = hold(
+            self.model, self.region.qualified(home), self.region.qualified(insertion.name), insertion.block
+        )
+        self.targets[insertion.name] = f"{home}.{target}".lstrip(".")
+        if seat.returns is not None:
+            excite(self.module.get_submodule(seat.returns), container, name)
+        if insertion.name in self.seats:
+            _notice_loss(self.model, self.region.path, home if seat.returns is None else seat.returns)
+            if isinstance(self.module.get_submodule(home), nn.Sequential):  # which shows its own modules alone
+                run_own_code(self.module.get_submodule(home))
+            self._note_between(seat.host, insertion.spots)
+
+    def _note_between(self, path: str, spots: Mapping[bool, Spot]) -> None:
+        """Have a host know of the norm behind a conv where a block stands between the two."""
+        host, prefix = self.module.get_submodule(path), f"{path}." if path else ""
+        for value in {node for spot in spots.values() for node in spot.nodes if spot.readers is None}:
+            conv = self.region.module.get_submodule(str(value.target)) if value.op == "call_module" else None
+            if not isinstance(conv, nn.Conv2d) or not str(value.target).startswith(prefix):
+                continue
+            for user in value.users:
+                if user.op == "call_module" and str(user.target).startswith(prefix):
+                    norm = self.region.module.get_submodule(str(user.target))
+                    names = str(value.target).removeprefix(prefix), str(user.target).removeprefix(prefix)
+                    if "norm" in type(norm).__name__.lower():
+                        host.__dict__.setdefault("_between", []).append((*names, conv.bias is not None, own_class(norm)))
+                        run_own_code(host)
+
+    def _run_graphs(self, host: str) -> None:
+        """Have a host run graphs of its own code, with the blocks that stand there."""
+        known, module = self.graphs[host], self.module.get_submodule(host)
+        assert known is not None
+        here = [(each, self.seats[each.name]) for each in self.insertions if each.name in self.seats]
+        here = [(each, seat) for each, seat in here if seat.host == host and seat.returns is None]
+        add_constants(module, known.constants)
+        edited: dict[fx.Graph, fx.Graph] = {}
+        for training, graph in known.graphs.items():
+            if graph in edited:
+                continue
+            blocks = []
+            for each, seat in here:
+                mode = training if training in seat.values else not training
+                if training in seat.values or known.graphs[True] is known.graphs[False]:
+                    value = known.value(training, seat.values[mode])
+                    readers = None if seat.readers is None else frozenset(known.steps[training][i] for i in seat.readers[mode])
+                    target = self.targets[each.name].removeprefix(f"{host}.") if host else self.targets[each.name]
+                    blocks.append((target, each.block, Spot(each.name, 0, (value,), readers)))
+            edited[graph] = _with_blocks(module, graph, blocks)
+        by_mode = {training: edited[graph] for training, graph in known.graphs.items()}
+        run_host_graphs(module, by_mode, watch([("", module, own_class(module))]))
+
+    def run_flat(self) -> None:
+        """Have the region run the graphs of all its code."""
+        region, module = self.region, self.module
+        assert region.graphs is not None
+        add_constants(module, region.constants)
+        edited: dict[fx.Graph, fx.Graph] = {}
+        for training, graph in region.graphs.items():
+            if graph not in edited:
+                blocks = [(self.targets[e.name], e.block, e.spots[training]) for e in self.insertions if training in e.spots]
+                by_themselves = {seat.returns for seat in self.seats.values()}
+                edited[graph] = _with_blocks(module, graph, blocks, by_themselves)
+        paths = {"": None, **{path: None for call in region.calls.values() for path in _paths(call)}}
+        inner = [(path, module.get_submodule(path)) for path in paths]
+        hosts = [each for each in module.modules() if "_between" in each.__dict__ or "_holding" in each.__dict__]
+        leaves = [each for path, each in module.named_modules() if excitement(each) and path not in paths]
+        run_graphs(
+            module,
+            {training: edited[graph] for training, graph in region.graphs.items()},
+            as_graph_module=not region.path,
+            watched=watch([(path, each, own_class(each)) for path, each in inner]),
+            hosts=hosts,
+            leaves=leaves,
+            replaceable=not self.homeless,
+        )
+
+
+def _with_blocks(
+    module: nn.Module,
+    graph: fx.Graph,
+    blocks: Sequence[tuple[str, nn.Module, Spot]],
+    by_themselves: set[Any] = frozenset(),  # type: ignore[assignment]
+) -> fx.Graph:
+    """A copy of a graph of `module` with calls of blocks; what scales its values by itself is told not to."""
+    edited, twin = copied(graph)
+    for node in edited.nodes:
+        if node.op == "call_module" and node.target in by_themselves:
+            node.kwargs = {**node.kwargs, EXCITE: False}
+    InsertBlocks((target, block, _moved(spot, twin)) for target, block, spot in blocks)(view(module, edited, compiled=False))
+    return edited
 
 
 def _moved(spot: Spot, twin: Mapping[fx.Node, fx.Node]) -> Spot:
     """The same spot in a copy of its graph."""
     readers = None if spot.readers is None else frozenset(twin[node] for node in spot.readers)
     return dataclasses.replace(spot, nodes=tuple(twin[node] for node in spot.nodes), readers=readers)
+
+
+def _shared_with_others(model: nn.Module, path: str) -> set[nn.Module]:
+    """The modules in the region at a path that stand elsewhere in the model as well."""
+    prefix = f"{path}." if path else ""
+    named = list(model.named_modules(remove_duplicate=False))
+    inside = {module for name, module in named if name.startswith(prefix)}
+    return {module for name, module in named if not name.startswith(prefix) and module in inside}
+
+
+def _paths(call: Call) -> Iterator[str]:
+    for step in call.steps:
+        if isinstance(step, Call):
+            yield step.path
+            yield from _paths(step)
+
+
+@contextlib.contextmanager
+def undone_on_failure(model: nn.Module) -> Iterator[None]:
+    """Where what is within fails, the model's modules are as they were: their classes, attributes and children."""
+    kept = ("_modules", "_parameters", "_buffers", "_non_persistent_buffers_set")
+    before = [
+        (module, type(module), dict(module.__dict__), {name: module.__dict__[name].copy() for name in kept})
+        for module in model.modules()
+        if not isinstance(module, torch.jit.ScriptModule)  # which nothing is put into
+    ]
+    try:
+        yield
+    except BaseException:
+        for module, kind, attributes, containers in before:
+            module.__class__ = kind
+            module.__dict__.clear()
+            module.__dict__.update(attributes)
+            for name, content in containers.items():
+                attributes[name].clear()
+                attributes[name].update(content)
+        raise

@@ -2,32 +2,58 @@
 
 from __future__ import annotations
 
-from typing import Any
+from torch import nn
 
-from torch import Tensor, nn
-
-from se_fx.capture import TRACED_HOOKS
 from se_fx.regions import Inserted, restore_code
 
-__all__ = ["CONTAINER", "attach", "blocks_of", "container_of", "hold", "withdraw"]
+__all__ = ["CONTAINER", "block_names", "hold", "withdraw"]
 
-#: The child of a region that holds the blocks inserted there, and of a lone Conv2d that is its block.
+#: The child of a module that holds the blocks inserted there.
 CONTAINER = "squeeze_excite"
-_CONTAINER = "_squeeze_excite_container"  # attributes of a region: its container's name,
-_NAMES = "_squeeze_excite_names"  # and those of the blocks in it
+_CONTAINER = "_squeeze_excite_container"  # attribute of such a module: its container's name
+_BLOCKS = "_squeeze_excite_blocks"  # of a rewritten model: its blocks' names by their sites'
 
 
-# ----------------------------------------------------------------------------------------------------------------- regions
-def container_of(module: nn.Module) -> str:
-    """The name of a region's container of blocks, which is made if there is none."""
+def hold(model: nn.Module, home: str, site: str, block: nn.Module) -> tuple[Inserted, str, str]:
+    """Put a block into a module's container, which is made if there is none, under a name that says which conv it is of.
+
+    No such name ends in that of a conv: tools match names by their ends. A container is the first child, so that whoever takes
+    a model's children up to some layer has the blocks among them.
+
+    Args:
+        model: the model, which knows its blocks.
+        home: the qualified name of the module.
+        site: the site's.
+        block: the block.
+
+    Returns:
+        The container, the block's name in the module, and in the container.
+    """
+    module = model.get_submodule(home)
     if _CONTAINER not in module.__dict__:
-        taken = _has(module, CONTAINER)  # by a child of the model's own
-        if taken:
-            module.add_module("se_fx", nn.Module())
-        (module.get_submodule("se_fx") if taken else module).add_module(CONTAINER, Inserted())
-        module.__dict__[_CONTAINER] = f"se_fx.{CONTAINER}" if taken else CONTAINER
-        module.__dict__[_NAMES] = []
-    return str(module.__dict__[_CONTAINER])
+        made = container = Inserted()
+        path = CONTAINER
+        if _has(module, CONTAINER):  # a child of the model's own
+            made, path = Inserted(), f"se_fx.{CONTAINER}"
+            made.add_module(CONTAINER, container)
+        made.train(module.training)
+        children = dict(module._modules)
+        module._modules.clear()
+        module.add_module(path.partition(".")[0], made)
+        module._modules.update(children)
+        module.__dict__[_CONTAINER] = path
+    path = str(module.__dict__[_CONTAINER])
+    found = module.get_submodule(path)
+    assert isinstance(found, Inserted)
+    inside = site.removeprefix(f"{home}.") if home else site
+    name = first = f"of_{inside.replace('.', '_') or 'conv'}"
+    count = 1
+    while name in found._modules:
+        count += 1
+        name = f"{first}_{count}"
+    found._modules[name] = block
+    model.__dict__[_BLOCKS] = {**model.__dict__.get(_BLOCKS, {}), site: f"{home}.{path}.{name}".lstrip(".")}
+    return found, f"{path}.{name}", name
 
 
 def _has(module: nn.Module, name: str) -> bool:
@@ -35,50 +61,19 @@ def _has(module: nn.Module, name: str) -> bool:
     return name in module._modules or name in module.__dict__ or hasattr(type(module), name)
 
 
-def hold(module: nn.Module, container: str, name: str, block: nn.Module) -> None:
-    """Put a block into a region's container, under a name that may have dots."""
-    *path, last = name.split(".")
-    inner = module.get_submodule(container)
-    for part in path:
-        inner = inner._modules.setdefault(part, nn.Module()) or inner
-    inner._modules[last] = block
-    module.__dict__[_NAMES].append(name)
-
-
-# -------------------------------------------------------------------------------------------------------------- lone convs
-def attach(conv: nn.Module, block: nn.Module) -> None:
-    """Scale what `conv` returns by `block`, wherever it is called from, in place. The conv keeps its class and keys."""
-    conv.register_forward_hook(_excite)  # first, since it tells `withdraw` of the block
-    conv.add_module(CONTAINER, block)
-
-
-def _excite(conv: nn.Module, args: Any, output: Tensor) -> Tensor:
-    return conv.get_submodule(CONTAINER)(output)  # type: ignore[no-any-return]
-
-
-TRACED_HOOKS.add(_excite)
-
-
-# -------------------------------------------------------------------------------------------------------------------- both
-def blocks_of(model: nn.Module) -> dict[str, str]:
+def block_names(model: nn.Module) -> dict[str, str]:
     """The qualified names of all inserted blocks in a rewritten model, by the qualified names of their sites."""
     found: dict[str, str] = {}
     for path, module in model.named_modules():
-        region = f"{path}." if path else ""
-        if _CONTAINER in module.__dict__:
-            container = module.__dict__[_CONTAINER]
-            found.update({f"{region}{name}": f"{region}{container}.{name}" for name in module.__dict__[_NAMES]})
-        elif _excite in module._forward_hooks.values():
-            found[path] = f"{region}{CONTAINER}"
+        prefix = f"{path}." if path else ""
+        for site, block in module.__dict__.get(_BLOCKS, {}).items():
+            found.setdefault(f"{prefix}{site}".rstrip("."), f"{prefix}{block}")
     return found
 
 
 def withdraw(module: nn.Module) -> None:
-    """Undo what `insert` or `attach` did to one module, in place. Nothing to do for other modules."""
+    """Undo what `insert` did to one module, in place. Nothing to do for other modules."""
     restore_code(module)
     if _CONTAINER in module.__dict__:
-        del module._modules[module.__dict__.pop(_CONTAINER).split(".")[0]], module.__dict__[_NAMES]
-    for key, hook in list(module._forward_hooks.items()):
-        if hook is _excite:
-            del module._forward_hooks[key]
-            module._modules.pop(CONTAINER, None)
+        del module._modules[module.__dict__.pop(_CONTAINER).split(".")[0]]
+    module.__dict__.pop(_BLOCKS, None)

@@ -4,6 +4,7 @@ Timing knows nothing of blocks; what reads and folds trained gates does.
 """
 
 from se_fx.measure.benchmark import bench
+from se_fx.measure.bypass import blocks_of, bypassed
 from se_fx.measure.changes import Changes
 from se_fx.measure.folding import FoldedSite, Folding, KeptSite, fold_gates
 from se_fx.measure.gates import GateProfile, SiteGates, profile_gates
@@ -19,6 +20,8 @@ __all__ = [
     "Row",
     "SiteGates",
     "bench",
+    "blocks_of",
+    "bypassed",
     "fold_gates",
     "profile_gates",
 ]

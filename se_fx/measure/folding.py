@@ -13,20 +13,19 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from tabulate import tabulate
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
-from se_fx.analysis import Modules, called, modules_of
 from se_fx.arguments import check_flag, is_number
 from se_fx.blocks import SqueezeExcite2d
-from se_fx.capture import Capture, Region, check_whole
+from se_fx.capture import capture, check_whole
 from se_fx.cost import NO_COST, Cost, as_batches
 from se_fx.errors import SqueezeExciteError, shown
-from se_fx.insertion import CONTAINER, Insertion, blocks_of, insert, withdraw
+from se_fx.insertion import block_names, insert, insert_in_place, withdraw
 from se_fx.measure.changes import Changes, compare
 from se_fx.measure.gates import GateProfile, SiteGates
 from se_fx.measure.wiring import Kept, Wiring
-from se_fx.planning import Plan, Skip, give_plan, take_plans
-from se_fx.regions import clone, constants_of, copied, graphs_of
+from se_fx.planning import Plan, Skip, fit, give_plan, take_plans
+from se_fx.regions import clone, graphs_of
 
 __all__ = ["FoldedSite", "Folding", "KeptSite", "fold_gates"]
 
@@ -167,7 +166,7 @@ def fold_gates(
     gates = _fitting(profile, rewritten, plan)
     batches = None if held_out is None else _listed(held_out)
     check_flag("progress", progress)
-    wiring = Wiring(rewritten)
+    wiring = Wiring(rewritten, capture(rewritten))
     folded: list[FoldedSite] = []
     kept: list[KeptSite] = []
     for site in plan.sites:
@@ -176,12 +175,11 @@ def fold_gates(
             folded.append(FoldedSite(site.name, wiring.producer(site.name), spread, deviation, site.cost))
         except Kept as kept_because:
             kept.append(KeptSite(site.name, str(kept_because)))
-    model = _folded(rewritten, folded, gates)
-    take_plans(model)
-    give_plan(model, _plan_after(plan, folded))
+    folding = _Surgery(rewritten, plan, gates)
+    model = folding.without(folded)
     changes = None
     if batches is not None:
-        alone = {site.name: _folded(rewritten, [site], gates) for site in folded}
+        alone = {site.name: folding.without([site]) for site in folded}
         changes = compare(rewritten, model, alone, batches, progress)
     return Folding(model, float(tolerance), tuple(folded), tuple(kept), changes)
 
@@ -200,7 +198,7 @@ def _fitting(profile: Any, rewritten: nn.Module, plan: Plan) -> dict[str, SiteGa
         raise SqueezeExciteError(
             f"profile={type(profile).__name__}: expected a GateProfile; call se_fx.profile_gates(model, batches)"
         )
-    paths = blocks_of(rewritten)
+    paths = block_names(rewritten)
     for gates in profile.sites:
         block = rewritten.get_submodule(paths[gates.name]) if gates.name in paths else None
         why = "this model has no block of se_fx's own there"
@@ -241,44 +239,38 @@ def _constant(gates: SiteGates | None, tolerance: float) -> tuple[float, float |
 
 
 # ---------------------------------------------------------------------------------------------------------------- surgery
-def _folded(rewritten: nn.Module, folded: Iterable[FoldedSite], gates: Mapping[str, SiteGates]) -> nn.Module:
-    """A copy of `rewritten` that shares its tensors, without the blocks of `folded`, their gates in the weights before."""
-    model = clone(rewritten)
-    blocks = {model.get_submodule(path): name for name, path in blocks_of(model).items()}
-    gone = set()
-    for site in folded:
-        _scale(model.get_submodule(site.into), gates[site.name].channel_means)
-        gone |= {block for block, name in blocks.items() if name == site.name}
-    regions: list[Region] = []
-    insertions: dict[str, list[Insertion]] = {}
-    for path, module in list(model.named_modules()):
-        if module._modules.get(CONTAINER) in gone:
-            withdraw(module)  # a lone conv
-        graphs = graphs_of(module)
-        if graphs is None:
-            continue
-        modules = modules_of(module)
-        here = {called(node, modules) for graph in graphs.values() for node in graph.nodes}
-        if here & gone:
-            copies = {graph: _without(graph, gone, modules) for graph in set(graphs.values())}
-            by_mode = {training: copies[graph] for training, graph in graphs.items()}
-            regions.append(Region(path, module, by_mode, constants_of(module)))
-            # What is left of the blocks is called by these graphs already, so it needs no spots.
-            left = {block: name for block, name in blocks.items() if block in here - gone}
-            prefix = f"{path}." if path else ""
-            insertions[path] = [Insertion(name.removeprefix(prefix), block, {}) for block, name in left.items()]
-            withdraw(module)
-    return insert(Capture(model, tuple(regions), {}), insertions)
+class _Surgery:
+    """Takes blocks out of copies of a rewritten model, and their gates into the weights before."""
+
+    def __init__(self, rewritten: nn.Module, plan: Plan, gates: Mapping[str, SiteGates]) -> None:
+        self.rewritten, self.plan, self.gates = rewritten, plan, gates
+        self.in_place = graphs_of(rewritten) is None
+        self.bare = _without_blocks(rewritten)
+        self.choice = fit(capture(self.bare), plan)
+
+    def without(self, folded: Iterable[FoldedSite]) -> nn.Module:
+        """A copy without the blocks of `folded`."""
+        folded = list(folded)
+        gone = {site.name for site in folded}
+        bare = clone(self.bare)
+        for site in folded:
+            _scale(bare.get_submodule(site.into), self.gates[site.name].channel_means)
+        paths = block_names(self.rewritten)
+        left = {site.name: self.rewritten.get_submodule(paths[site.name]) for site in self.plan.sites if site.name not in gone}
+        captured = dataclasses.replace(self.choice.capture, model=bare)
+        if self.in_place:
+            insert_in_place(captured, self.choice.insertions_of(left))
+        model = bare if self.in_place else insert(captured, self.choice.insertions_of(left))
+        give_plan(model, _plan_after(self.plan, folded))
+        return model
 
 
-def _without(graph: fx.Graph, gone: set[nn.Module], modules: Modules) -> fx.Graph:
-    """A copy of `graph` in which the readers of these blocks read what the blocks read."""
-    edited, _ = copied(graph)
-    for node in list(edited.nodes):
-        if called(node, modules) in gone:
-            node.replace_all_uses_with(node.all_input_nodes[0])
-            edited.erase_node(node)
-    return edited
+def _without_blocks(rewritten: nn.Module) -> nn.Module:
+    bare = clone(rewritten)
+    for module in list(bare.modules()):
+        withdraw(module)
+    take_plans(bare)
+    return bare
 
 
 def _plan_after(plan: Plan, folded: Iterable[FoldedSite]) -> Plan:

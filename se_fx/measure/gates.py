@@ -16,7 +16,7 @@ from se_fx.arguments import as_path
 from se_fx.blocks import SqueezeExcite2d
 from se_fx.cost import as_batches, as_call, calling
 from se_fx.errors import SqueezeExciteError
-from se_fx.insertion import blocks_of
+from se_fx.insertion import block_names
 from se_fx.measure.progress import progress_bar
 from se_fx.planning import Plan
 
@@ -160,7 +160,7 @@ def profile_gates(rewritten: nn.Module, batches: Iterable[Any], *, progress: boo
     ------  ---------  -----------  ---------------------  ---------------
     0               4       1.0000                 0.0000           0.0000
     """
-    plan, blocks = Plan.of(rewritten), blocks_of(rewritten)
+    plan, blocks = Plan.of(rewritten), block_names(rewritten)
     own = {name: rewritten.get_submodule(path) for name, path in blocks.items()}
     sums = {site.name: _Sums(site.channels) for site in plan.sites if isinstance(own[site.name], SqueezeExcite2d)}
     if not sums:

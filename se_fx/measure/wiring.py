@@ -6,8 +6,9 @@ from torch import Tensor, fx, nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from se_fx.analysis import Modules, called, modules_of
-from se_fx.insertion import blocks_of, withdraw
-from se_fx.regions import clone, graphs_of, hooked
+from se_fx.capture import Capture
+from se_fx.insertion import block_names
+from se_fx.regions import excitement, hooked, own_class
 
 __all__ = ["Kept", "Wiring"]
 
@@ -23,9 +24,9 @@ _PRODUCERS = (nn.Conv2d, nn.BatchNorm2d, nn.SyncBatchNorm, nn.GroupNorm, nn.Inst
 class Wiring:
     """What the graphs of a rewritten model call and read, and whose parameters are whose."""
 
-    def __init__(self, rewritten: nn.Module) -> None:
+    def __init__(self, rewritten: nn.Module, capture: Capture) -> None:
         self.root = rewritten
-        self.blocks = blocks_of(rewritten)
+        self.blocks = block_names(rewritten)
         self.names: dict[nn.Module, str] = {module: name for name, module in rewritten.named_modules()}
         self.called: dict[fx.Node, nn.Module] = {}
         self.calls: dict[nn.Module, list[fx.Node]] = {}
@@ -34,13 +35,12 @@ class Wiring:
         self.owners: dict[Tensor, list[str]] = {}
         for name, parameter in rewritten.named_parameters(remove_duplicate=False):
             self.owners.setdefault(parameter, []).append(name)
-        for module in rewritten.modules():
-            graphs = graphs_of(module)
-            if graphs is not None:
-                modules = modules_of(module)
-                for graph in set(graphs.values()):  # one, where the modes agree
+        for region in capture.regions:
+            if region.graphs is not None:
+                module = rewritten.get_submodule(region.path)
+                for graph in set(region.graphs.values()):  # one, where the modes agree
                     self.region[graph] = module
-                    self._note(graph, modules)
+                    self._note(graph, modules_of(module))
 
     def _note(self, graph: fx.Graph, modules: Modules) -> None:
         for node in graph.nodes:
@@ -63,12 +63,10 @@ class Wiring:
         if block in self.calls:
             producer = bare = self._scaled_by(block)
         else:  # of a lone conv: the block acts at each of its calls, as its weights do
-            producer = self.root.get_submodule(site)
-            bare = clone(producer)
-            withdraw(bare)
+            producer = bare = self.root.get_submodule(site)
         name = self.names[producer]
         self._check_plain(name, producer)
-        if hooked(bare):
+        if hooked(bare) and all(getattr(container, inner) is not block for container, inner in excitement(bare)):
             raise Kept(f"{name} has hooks, which see its value unscaled")
         return name
 
@@ -94,7 +92,8 @@ class Wiring:
         if is_parametrized(module):
             raise Kept(f"{name} is parametrized")
         kind = next((kind for kind in _PRODUCERS if isinstance(module, kind)), nn.Module)
-        inherits = all(getattr(type(module), code, None) is getattr(kind, code, None) for code in ("forward", "_conv_forward"))
+        own = own_class(module)
+        inherits = all(getattr(own, code, None) is getattr(kind, code, None) for code in ("forward", "_conv_forward"))
         if kind is nn.Module or not inherits or "forward" in vars(module):
             raise Kept(f"it scales what {name} returns, a {type(module).__name__}: no plain Conv2d or norm")
         if type(module._parameters.get("weight")) is not nn.Parameter:

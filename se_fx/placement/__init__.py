@@ -5,23 +5,25 @@ changed. Any function of this kind does; `PLACEMENTS` names those that come alon
 
     unit:      start ──┬── conv ─ norm ─ relu ─ conv ─ norm ──── add ─ relu ──
                        └──────────── shortcut ──────────────────┘
-    pre ───────────────▲                              ▲  ▲        ▲     ▲
-    conv, norm ─────────────────(every conv)──────────┘──┤        │     │
+    pre ───────────────▲           ▲                  ▲  ▲        ▲     ▲
+    activation ────────────────────┘ (every conv)     │  │        │     │
+    conv, norm ─────────────────────(every conv)──────┘──┤        │     │
     residual ────────────────────────────────────────────┘        │     │
     identity (on the shortcut) ───────────────────────────────────┘     │
     post ───────────────────────────────────────────────────────────────┘
 """
 
-from se_fx.placement.convs import conv, norm
+from se_fx.placement.convs import activation, conv, norm
 from se_fx.placement.spot import Policy, Spot
 from se_fx.placement.units import identity, post, pre, residual
 
-__all__ = ["ELSEWHERE", "PLACEMENTS", "Policy", "Spot", "conv", "identity", "norm", "post", "pre", "residual"]
+__all__ = ["ELSEWHERE", "PLACEMENTS", "Policy", "Spot", "activation", "conv", "identity", "norm", "post", "pre", "residual"]
 
 #: Placement policies by name.
 PLACEMENTS: dict[str, Policy] = {
     "conv": conv,
     "norm": norm,
+    "activation": activation,
     "residual": residual,
     "pre": pre,
     "post": post,
@@ -31,5 +33,6 @@ PLACEMENTS: dict[str, Policy] = {
 ELSEWHERE = {
     "conv": "is never called by the code that was captured",
     "norm": "is followed by no normalisation",
+    "activation": "is followed by no activation",
     **dict.fromkeys(("residual", "pre", "post", "identity"), "is not the last Conv2d of a residual branch"),
 }

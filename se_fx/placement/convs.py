@@ -1,4 +1,4 @@
-"""The placements at every Conv2d: directly after it, or after the norm that follows it."""
+"""The placements at every Conv2d: directly after it, after the norm that follows it, or after the activation behind that."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from collections.abc import Iterator
 
 from torch import fx, nn
 
-from se_fx.analysis import Modules, called, modules_of
+from se_fx.analysis import Modules, activation_after, called, is_nonlinear, modules_of
 from se_fx.placement.spot import Spot
 
-__all__ = ["conv", "norm"]
+__all__ = ["activation", "conv", "norm"]
 
 
 def conv(graph: fx.Graph, root: nn.Module) -> Iterator[Spot]:
@@ -25,6 +25,15 @@ def norm(graph: fx.Graph, root: nn.Module) -> Iterator[Spot]:
         norms = [_norm_after(node, modules) for node in nodes]
         if all(node is not None for node in norms):
             yield Spot(str(nodes[0].target), module.out_channels, tuple(node for node in norms if node is not None))
+
+
+def activation(graph: fx.Graph, root: nn.Module) -> Iterator[Spot]:
+    """After the activation that follows each Conv2d, or its norm: EfficientNet's place, outside of what is fused or folded."""
+    modules = modules_of(root)
+    for module, nodes in _conv_calls(graph, modules).items():
+        activations = [_activation_after(node, modules) for node in nodes]
+        if all(node is not None for node in activations):
+            yield Spot(str(nodes[0].target), module.out_channels, tuple(node for node in activations if node is not None))
 
 
 def _conv_calls(graph: fx.Graph, modules: Modules) -> dict[nn.Conv2d, list[fx.Node]]:
@@ -43,3 +52,13 @@ def _norm_after(node: fx.Node, modules: Modules) -> fx.Node | None:
         if "norm" in name.lower() and user.args[:1] == (node,):
             return user
     return None
+
+
+def _activation_after(node: fx.Node, modules: Modules) -> fx.Node | None:
+    norm = _norm_after(node, modules)
+    if norm is not None and is_nonlinear(norm, modules):  # norm and activation in one
+        return norm
+    value = node if norm is None else norm
+    while len(value.users) == 1 and isinstance(called(user := next(iter(value.users)), modules), nn.Identity):
+        value = user
+    return activation_after(value, modules)

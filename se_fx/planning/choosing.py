@@ -37,8 +37,10 @@ class Choice:
         places: where each of them is, by its name.
         convs: the model's own Conv2d layers, by qualified name.
         before: the sites that the model has had before, in blocks of its own or of modules within it.
+        capture: the captured model.
     """
 
+    capture: Capture
     plan: Plan
     places: Mapping[str, Place]
     convs: Mapping[str, nn.Conv2d]
@@ -62,8 +64,12 @@ class Choice:
 
     def insertions(self, made_on: torch.device | None = None) -> dict[str, list[Insertion]]:
         """The `blocks`, with the places they go to, by region path."""
+        return self.insertions_of(self.blocks(made_on))
+
+    def insertions_of(self, blocks: Mapping[str, nn.Module]) -> dict[str, list[Insertion]]:
+        """Blocks, by their sites' names, with the places they go to, by region path."""
         found: dict[str, list[Insertion]] = {}
-        for name, block in self.blocks(made_on).items():
+        for name, block in blocks.items():
             region, spots = self.places[name].region, self.places[name].spots
             found.setdefault(region.path, []).append(Insertion(name[len(region.path) :].lstrip("."), block, spots))
         return found
@@ -106,7 +112,7 @@ def choose(capture: Capture, options: Options) -> Choice:
             skipped.append(Skip(name, conv.out_channels, reason))
     skipped += _closed_convs(capture)
     plan = _with_model(Plan(tuple(sites), tuple(skipped), callables=names.callables), capture, before)
-    return Choice(plan, places, convs, before)
+    return Choice(capture, plan, places, convs, before)
 
 
 def fit(capture: Capture, plan: Plan) -> Choice:
@@ -137,7 +143,7 @@ def fit(capture: Capture, plan: Plan) -> Choice:
     skipped += tuple(_closed_convs(capture))
     sites = tuple(_with_parameters(site, plan.callables) for site in left)
     fitted = _with_model(dataclasses.replace(plan, sites=sites, skipped=skipped), capture, before)
-    return Choice(fitted, {site.name: found[site.placement][site.name] for site in left}, convs, before)
+    return Choice(capture, fitted, {site.name: found[site.placement][site.name] for site in left}, convs, before)
 
 
 # ----------------------------------------------------------------------------------------------------------------- sites

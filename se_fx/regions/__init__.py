@@ -3,34 +3,47 @@
 Knows nothing of how graphs are made, nor of Squeeze-and-Excitation.
 """
 
+from se_fx.regions.classes import GraphRegion, Inserted
 from se_fx.regions.cloning import clone
+from se_fx.regions.forwards import EXCITE, UNSCALED
+from se_fx.regions.freshness import Watched, watch
 from se_fx.regions.running import (
-    GraphRegion,
-    Inserted,
     add_constants,
     constants_of,
     copied,
+    excite,
+    excitement,
     graphs_of,
     hooked,
     own_class,
     reserve_names,
     restore_code,
     run_graphs,
+    run_host_graphs,
+    run_own_code,
     view,
 )
 
 __all__ = [
+    "EXCITE",
+    "UNSCALED",
     "GraphRegion",
     "Inserted",
+    "Watched",
     "add_constants",
     "clone",
     "constants_of",
     "copied",
+    "excite",
+    "excitement",
     "graphs_of",
     "hooked",
     "own_class",
     "reserve_names",
     "restore_code",
     "run_graphs",
+    "run_host_graphs",
+    "run_own_code",
     "view",
+    "watch",
 ]

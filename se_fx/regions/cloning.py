@@ -48,7 +48,7 @@ def _fill(module: nn.Module, shell: nn.Module, memo: dict[int, Any]) -> None:
     attributes = shell.__dict__
     for name, value in module.__dict__.items():
         carry = _CARRIED.get(type(value))
-        if carry is None or name == "_graphs":
+        if carry is None or name in ("_graphs", "_host_graphs"):
             attributes[name] = memo.get(id(value), value)
         else:
             attributes[name] = carry(value, memo)

@@ -100,12 +100,12 @@ def test_averaging_does_no_harm() -> None:
     b.load_state_dict({**b.state_dict(), "0.weight": a.state_dict()["0.weight"]})
     first, second = a.state_dict(), b.state_dict()
     target.load_state_dict({key: 0.7 * first[key] + 0.3 * second[key] for key in first})
-    kept = target.get_submodule("squeeze_excite.0")
+    kept = target.get_submodule("squeeze_excite.of_0")
     assert kept.gate_scale == 2.0
     moving = transformed(init="identity")
     for mine, theirs in zip(moving.state_dict().values(), first.values(), strict=True):  # as timm's EMA does
         mine.copy_(0.9 * mine + 0.1 * theirs)
-    assert moving.get_submodule("squeeze_excite.0").gate_scale == 2.0
+    assert moving.get_submodule("squeeze_excite.of_0").gate_scale == 2.0
     target.load_state_dict(moving.state_dict())
 
 

@@ -127,7 +127,7 @@ def test_conv_subclasses_are_sites() -> None:
     model = nn.Sequential(Standardized(3, 8, 3), nn.ReLU())
     result = rewritten(model, 1)
     assert_same(model, result, X)
-    assert type(result.get_submodule("0")) is Standardized
+    assert isinstance(result.get_submodule("0"), Standardized)
 
 
 class Partial(nn.Conv2d):

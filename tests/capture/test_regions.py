@@ -31,7 +31,7 @@ def test_a_region_inside_untraceable_code_is_a_graph_of_the_modules_own_class() 
     assert se_fx.report(result).regions == ("backbone",)
     assert isinstance(result.backbone, type(model.backbone))
     assert result.backbone.describe() == "Backbone of 8"
-    assert "backbone.squeeze_excite.first.fc1.weight" in result.state_dict()
+    assert "backbone.squeeze_excite.of_first.fc1.weight" in result.state_dict()
     for each in (result, copy.deepcopy(result)):
         assert all(map(torch.equal, each([X[0], X[1]]), model([X[0], X[1]])))
     assert torch.equal(torch.compile(result.backbone, fullgraph=True, backend="eager")(X), model.backbone(X))
@@ -53,9 +53,9 @@ def test_a_sequential_may_be_iterated_by_its_owner() -> None:
 
     model = Owner()
     result = se_fx.transform(model, min_channels=1, latent_channels=2)
-    for name in ("body.0", "body.2.0", "pieces.a.0"):
-        assert f"{name}.squeeze_excite.fc1.weight" in result.state_dict()
-    blocks = [module for module in result.modules() if isinstance(module, se_fx.SqueezeExcite2d)]
+    for name in ("body.squeeze_excite.of_0", "body.2.squeeze_excite.of_0", "squeeze_excite.of_pieces_a_0"):
+        assert f"{name}.fc1.weight" in result.state_dict()
+    blocks = [se_fx.blocks_of(result)[name] for name in ("body.0", "body.2.0", "pieces.a.0")]
     calls: list[nn.Module] = []
     for block in blocks:
         block.register_forward_hook(lambda module, args, output: calls.append(module))
@@ -78,7 +78,7 @@ def test_submodules_whose_methods_are_called_are_not_captured_whole() -> None:
             return x if x.sum() > 0 else -x
 
     result = rewritten(Owner())
-    assert {"net.first.squeeze_excite.fc1.weight", "net.second.squeeze_excite.fc1.weight"} <= result.state_dict().keys()
+    assert {"net.squeeze_excite.of_first.fc1.weight", "net.squeeze_excite.of_second.fc1.weight"} <= result.state_dict().keys()
 
 
 def test_a_conv_called_from_two_regions_has_one_block_applied_once_a_call() -> None:
@@ -93,10 +93,10 @@ def test_a_conv_called_from_two_regions_has_one_block_applied_once_a_call() -> N
     shared = nn.Conv2d(3, 3, 1)
     model = nn.Sequential(shared, Half(shared))
     result = se_fx.transform(model, min_channels=1, latent_channels=2)
-    assert [key for key in result.state_dict() if "squeeze" in key and key.startswith("0.")] == [
-        "0.squeeze_excite._extra_state", "0.squeeze_excite.fc1.weight", "0.squeeze_excite.fc2.weight",
+    assert [key for key in result.state_dict() if "squeeze" in key and not key.startswith("1.")] == [
+        "squeeze_excite.of_0._extra_state", "squeeze_excite.of_0.fc1.weight", "squeeze_excite.of_0.fc2.weight",
     ]  # fmt: skip
-    block = result.get_submodule("0.squeeze_excite")
+    block = result.get_submodule("squeeze_excite.of_0")
     x = block(shared(X))
     x = block(shared(x if x.sum() > 0 else -x))
     assert torch.equal(result(X), x)

@@ -134,7 +134,7 @@ def test_counting_computes_nothing_and_changes_nothing(cnn: nn.Sequential) -> No
     assert torch.equal(torch.get_rng_state(), state)
     assert all(torch.equal(buffer, buffers[name]) for name, buffer in cnn.named_buffers())
     assert gm.training
-    assert not gm.get_submodule("squeeze_excite.0")._forward_hooks
+    assert not gm.get_submodule("squeeze_excite.of_0")._forward_hooks
 
 
 @pytest.mark.parametrize("inputs", [lambda x: x, lambda x: (x,), lambda x: [x], lambda x: {"input": x}])

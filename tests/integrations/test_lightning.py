@@ -128,11 +128,11 @@ def test_a_placement_in_graphs_finds_the_norms_of_a_sequential_and_convs_need_no
 
     module = Iterating()
     trainer(tmp_path, SqueezeExcite(**OPTIONS)).fit(module, data())
-    assert list(weights(module)) == [f"model.{i}.squeeze_excite.fc{j}.weight" for i in (0, 3) for j in (1, 2)]
+    assert list(weights(module)) == [f"model.squeeze_excite.of_{i}.fc{j}.weight" for i in (0, 3) for j in (1, 2)]
     assert all(p.grad is not None for p in module.parameters())
     module = Small()
     SqueezeExcite(**OPTIONS, placement="norm").rewrite(module)
-    assert list(weights(module)) == ["model.squeeze_excite.0.fc1.weight", "model.squeeze_excite.0.fc2.weight"]
+    assert list(weights(module)) == ["model.squeeze_excite.of_0.fc1.weight", "model.squeeze_excite.of_0.fc2.weight"]
 
 
 def test_blocks_that_no_step_reaches_are_named(tmp_path: Path) -> None:

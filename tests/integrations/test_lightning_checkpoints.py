@@ -95,7 +95,10 @@ def test_a_checkpoint_of_the_plain_module_loads_as_the_module_wants(tmp_path: Pa
             {"latent_channels": 8},
             r"state_dict: its .* blocks are not .*; model.0.* has \(4, 16\) there, and \(8, 16\) in the module",
         ),
-        ({"where": "model.3"}, r"state_dict: .*model.0.squeeze_excite.fc1.weight has \(4, 16\) there, and none in the module"),
+        (
+            {"where": "model.3"},
+            r"state_dict: .*model.squeeze_excite.of_0.fc1.weight has \(4, 16\) there, and none in the module",
+        ),
         (
             {"gate": "hardsigmoid"},
             r"gate: the checkpoint is of a block with gate='sigmoid', and this one has gate='hardsigmoid'",

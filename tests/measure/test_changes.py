@@ -35,7 +35,7 @@ def test_changes_on_held_out_batches() -> None:
     def by_hand(folded: set[str]) -> Tensor:
         y = x
         for layer, site in zip(("a", "b"), profile.sites, strict=True):
-            conv, block = net.get_submodule(layer), blocks(model)[f"squeeze_excite.{layer}"]
+            conv, block = net.get_submodule(layer), blocks(model)[f"squeeze_excite.of_{layer}"]
             y = conv(y)
             y = F.relu(y * site.channel_means[:, None, None].float() if layer in folded else block(y))
         return net.head(y.mean((2, 3)))

@@ -16,8 +16,8 @@ import se_fx
 def half_constant(cnn: nn.Module) -> nn.Module:
     """The first block is constant, the second isn't."""
     model = se_fx.transform(cnn, min_channels=1, latent_channels=4, bias=True, example_inputs=X)
-    make_constant(blocks(model)["squeeze_excite.0"], torch.linspace(0.1, 0.9, 16))
-    nn.init.normal_(blocks(model)["squeeze_excite.3"].fc2.weight, std=20.0)
+    make_constant(blocks(model)["squeeze_excite.of_0"], torch.linspace(0.1, 0.9, 16))
+    nn.init.normal_(blocks(model)["squeeze_excite.of_3"].fc2.weight, std=20.0)
     return model
 
 
@@ -36,7 +36,7 @@ def test_all_but_the_folded_weights_is_shared_and_the_input_is_untouched(cnn: nn
     assert {name: module.training for name, module in model.named_modules()} == modes
     assert folding.model.training
     assert not folding.model.get_submodule("1").training
-    assert [name for name in before if name not in folded] == [name for name in before if "squeeze_excite.0." in name]
+    assert [name for name in before if name not in folded] == [name for name in before if "squeeze_excite.of_0." in name]
     new = [name for name in folded if folded[name] is not before[name][0] and not name.endswith("_extra_state")]
     assert new == ["0.weight", "0.bias"]
     assert all(type(folded[name]) is nn.Parameter for name in ("0.weight", "0.bias"))
@@ -48,7 +48,7 @@ def test_frozen_weights_stay_frozen_and_the_rest_trains(cnn: nn.Module) -> None:
     folded = fold(model).model
     assert not folded.get_submodule("0").weight.requires_grad
     folded(X).square().sum().backward()
-    assert blocks(folded)["squeeze_excite.3"].fc1.weight.grad.abs().sum() > 0
+    assert blocks(folded)["squeeze_excite.of_3"].fc1.weight.grad.abs().sum() > 0
 
 
 def test_copies(cnn: nn.Module) -> None:

@@ -21,7 +21,7 @@ def test_a_conv_takes_the_gate(conv_bias: bool, groups: int) -> None:
     net = nn.Sequential(nn.Conv2d(2, 4, 3, bias=conv_bias, groups=groups), nn.ReLU())
     model = se_fx.transform(net, min_channels=1, latent_channels=2, bias=True)
     gate = torch.tensor([0.25, 0.5, 0.75, 0.9])
-    make_constant(blocks(model)["squeeze_excite.0"], gate)
+    make_constant(blocks(model)["squeeze_excite.of_0"], gate)
     folding = fold(model, x=X[:, :2])
     (site,) = folding.folded
     assert (site.name, site.into, site.deviation) == ("0", "0", None)
@@ -43,7 +43,7 @@ def test_a_norm_takes_the_gate(norm: nn.Module) -> None:
     net = nn.Sequential(nn.Conv2d(3, 4, 3), norm, nn.ReLU(inplace=True))
     model = se_fx.transform(net, placement="norm", min_channels=1, latent_channels=2, bias=True)
     gate = torch.tensor([0.25, 0.5, 0.75, 0.9])
-    make_constant(blocks(model)["squeeze_excite.0"], gate)
+    make_constant(blocks(model)["squeeze_excite.of_0"], gate)
     folding = fold(model)
     assert folding.folded[0].into == "1"
     folded = folding.model.get_submodule("1")
@@ -124,7 +124,7 @@ def test_both_modes_graphs_are_folded_and_what_only_training_reaches_is_kept() -
     folding = fold(model, 0.0)
     assert [site.name for site in folding.folded] == ["a", "b"]
     assert "no sample" in reasons(folding)["aux"]
-    assert list(blocks(folding.model)) == ["squeeze_excite.aux"]
+    assert list(blocks(folding.model)) == ["squeeze_excite.of_aux"]
     assert_same_outputs(folding.model, model)
 
 

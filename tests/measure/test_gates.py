@@ -19,11 +19,12 @@ def rewritten(cnn: nn.Module, **options) -> nn.Module:
 
 def gates_of(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
     """Each site's gates, (N, C), by calling the layers before it by hand."""
-    first = model.get_submodule("squeeze_excite.0")
-    second = model.get_submodule("squeeze_excite.3")
-    y = model.get_submodule("0")(x)
+    first = model.get_submodule("squeeze_excite.of_0")
+    second = model.get_submodule("squeeze_excite.of_3")
+    plain = se_fx.remove(model)
+    y = plain[0](x)
     gates = {"0": first.excitation(y)[..., 0, 0]}
-    y = model.get_submodule("3")(torch.relu(model.get_submodule("1")(first(y))))
+    y = plain[3](torch.relu(plain[1](first(y))))
     return gates | {"3": second.excitation(y)[..., 0, 0]}
 
 

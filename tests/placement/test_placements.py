@@ -153,4 +153,4 @@ def test_a_policy_of_ones_own() -> None:
     assert [site.name for site in plan.sites] == ["down"]
     assert {skip.reason for skip in plan.skipped} == {"is not chosen by test_placements.deep_1x1"}
     gm = se_fx.transform(model, plan)
-    assert next(key for key in gm.state_dict() if "squeeze_excite" in key).startswith("squeeze_excite.down.")
+    assert next(key for key in gm.state_dict() if "squeeze_excite" in key).startswith("squeeze_excite.of_down.")

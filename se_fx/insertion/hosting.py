@@ -1,0 +1,183 @@
+"""Hosting: in which module of a model a block stands, so that least of the model's own code is replaced.
+
+A value to be scaled is found in a region's flat graph. It comes from an operator, or from the call of a module; the outermost
+such call whose every call returns the value is asked first:
+
+    a module that returns it       scales what it returns by itself; its code stays, and it keeps its block if it is taken out
+    the code that computes it      else: that module, the block's *host*, runs a graph, which calls its children as its code did
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Set
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import fx, nn
+
+from se_fx.capture import EXCITED, Call, Region
+from se_fx.placement import Spot
+from se_fx.regions import hooked, own_class
+
+__all__ = ["Seat", "Seats"]
+
+
+@dataclass(frozen=True)
+class Seat:
+    """Where one block stands in a region, and who applies it.
+
+    Attributes:
+        host: the module whose code receives the value, by name.
+        returns: the module that scales what it returns; None where the host's graph scales the value.
+        values: in the host's graph, by `training`: the step that computes the value, or the input that it is.
+        readers: likewise, the steps that are to read the scaled value; None for all.
+    """
+
+    host: str
+    returns: str | None = None
+    values: Mapping[bool, int | str] = field(default_factory=dict)
+    readers: Mapping[bool, frozenset[int]] | None = None
+
+
+class Seats:
+    """The seats of spots in one region.
+
+    Args:
+        region: the region.
+        shared: modules that stand outside of it as well.
+    """
+
+    def __init__(self, region: Region, shared: Set[nn.Module] = frozenset()) -> None:
+        self.region, self.shared = region, shared
+        self.owners: dict[fx.Node, Call] = {}
+        self.calls: dict[str, list[fx.Node | Call]] = {}  # all calls of a module, whether looked into or not
+        self.step: dict[fx.Node | Call, int] = {}
+        for graph in set((region.graphs or {}).values()):
+            if graph in region.calls:
+                self._note(region.calls[graph])
+
+    def _note(self, call: Call) -> None:
+        for number, step in enumerate(call.steps):
+            self.step[step] = number
+            if isinstance(step, Call):
+                self.calls.setdefault(step.path, []).append(step)
+                self._note(step)
+                continue
+            self.owners[step] = call
+            if EXCITED in step.meta:  # what a module returns that scales it by itself
+                path = step.meta[EXCITED]
+                self.calls[path] = [each for each in self.calls[path] if each is not step.all_input_nodes[0]] + [step]
+            elif step.op == "call_module":
+                self.calls.setdefault(str(step.target), []).append(step)
+
+    def of(self, spots: Mapping[bool, Spot]) -> Seat | None:
+        """The seat of a block; None where only the region's own graph can hold it."""
+        found: list[tuple[bool, Call, fx.Node | Call | str, frozenset[int] | None]] = []
+        for training, spot in spots.items():
+            for value in spot.nodes:
+                place = self._outermost(value) if spot.readers is None else self._parting(value, spot.readers)
+                if place is None:
+                    return None
+                found.append((training, *place))
+        hosts = {call.path for _, call, _, _ in found}
+        if len(hosts) != 1:
+            return None
+        (host,) = hosts
+        returns = self._returned_by({step for _, _, step, _ in found}) if all(each[3] is None for each in found) else None
+        return self._in_graph(host, found) if returns is None else Seat(host, returns)
+
+    def _outermost(self, value: fx.Node) -> tuple[Call, fx.Node | Call | str, None] | None:
+        """The call that receives a value from the outermost call that returns it; and what gives it."""
+        call = self.owners.get(value)
+        if call is None:
+            return None
+        step: fx.Node | Call = value
+        while call.caller is not None and call.returned is value and not any(self._within(user, call) for user in value.users):
+            if own_class(self.region.module.get_submodule(call.path)) is nn.Sequential:
+                break  # people take these apart, and the block is to go with what it scales
+            step, call = call, call.caller
+        return call, step, None
+
+    def _parting(self, value: fx.Node, readers: frozenset[fx.Node]) -> tuple[Call, fx.Node | Call | str, frozenset[int]] | None:
+        """The innermost call in which all readers read a value, those chosen in other steps than the others."""
+        users = [user for user in value.users if user.op != "output"]
+        ways = [self._way(user) for user in users if user in self.owners]
+        if len(ways) != len(users) or not ways:
+            return None
+        depth = 0
+        while all(len(way) > depth + 1 for way in ways) and len({way[depth] for way in ways}) == 1:
+            depth += 1
+        call = ways[0][depth - 1] if depth else None
+        if not isinstance(call, Call):
+            return None
+        steps = {user: self.step[way[depth]] for user, way in zip(users, ways, strict=True)}
+        chosen = frozenset(step for user, step in steps.items() if user in readers)
+        if chosen & {step for user, step in steps.items() if user not in readers}:
+            return None
+        inputs = [node for node in value.graph.nodes if node.op == "placeholder"]
+        known: dict[int | str, Any] = dict(enumerate(inputs if call.caller is None else call.args))
+        known.update(call.kwargs)
+        given = [str(key) for key, node in known.items() if node is value]
+        own = self.owners.get(value)
+        if own is not None and self._is_in(own, call):
+            inside: fx.Node | Call = value
+            while own is not call:
+                if own.returned is not value or own.caller is None:
+                    return None
+                inside, own = own, own.caller
+            return call, inside, chosen
+        return (call, given[0], chosen) if len(given) == 1 else None
+
+    def _way(self, node: fx.Node) -> list[fx.Node | Call]:
+        """The calls that lead to a node, outermost first, and the node."""
+        way: list[fx.Node | Call] = [node]
+        call: Call | None = self.owners[node]
+        while call is not None:
+            way.append(call)
+            call = call.caller
+        return way[::-1]
+
+    def _within(self, node: fx.Node, call: Call) -> bool:
+        return node in self.owners and self._is_in(self.owners[node], call)
+
+    def _is_in(self, inner: Call | None, outer: Call) -> bool:
+        while inner is not None and inner is not outer:
+            inner = inner.caller
+        return inner is outer
+
+    def _returned_by(self, steps: set[fx.Node | Call | str]) -> str | None:
+        """The module that returns the value, if each of its calls does so."""
+        paths = {self._path(step) for step in steps}
+        path = paths.pop()
+        if paths or path is None or set(self.calls[path]) != steps:
+            return None
+        module = self.region.module.get_submodule(path)
+        # Code that isn't in the region may call it; and its hooks are to see what it returns, unscaled.
+        return None if module in self.shared or hooked(module) or isinstance(module, fx.GraphModule) else path
+
+    def _path(self, step: fx.Node | Call | str) -> str | None:
+        """The module that a step calls."""
+        if isinstance(step, Call):
+            return step.path
+        if isinstance(step, str):
+            return None
+        excited: str | None = step.meta.get(EXCITED)
+        return str(step.target) if excited is None and step.op == "call_module" else excited
+
+    def _in_graph(self, host: str, found: list[tuple[bool, Call, fx.Node | Call | str, frozenset[int] | None]]) -> Seat | None:
+        """A seat in the host's graph, if the value is the same step of its code in each of its calls."""
+        values: dict[bool, int | str] = {}
+        readers: dict[bool, frozenset[int]] = {}
+        for training, _, step, chosen in found:
+            value = step if isinstance(step, str) else self.step[step]
+            if values.setdefault(training, value) != value:
+                return None
+            if chosen is not None and readers.setdefault(training, chosen) != chosen:
+                return None
+        if isinstance(self.region.module.get_submodule(host), fx.GraphModule):  # whose class holds generated code
+            return None
+        every = self.calls.get(host, ()) if host else ()
+        seen = {call for _, call, _, _ in found}
+        if any(call not in seen for call in every if isinstance(call, Call)):
+            return None
+        return Seat(host, None, values, readers or None)

@@ -1,0 +1,335 @@
+"""Classes of modules that run something else than their own code: made for one module each, its own class among their bases."""
+
+from __future__ import annotations
+
+import copy
+import types
+import weakref
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from torch import fx, nn
+
+from se_fx.errors import SqueezeExciteError
+from se_fx.regions.forwards import (
+    EXCITE,
+    INNER,
+    UNSCALED,
+    Forward,
+    Forwards,
+    by_mode,
+    forward_of,
+    functions_of,
+    is_leaf,
+    leads_to,
+)
+
+__all__ = ["ATTRIBUTES", "OF_HOSTS", "GraphRegion", "Inserted", "Rewritten", "give_class", "overrides_module_methods"]
+
+#: The attributes in which a rewritten module keeps what it runs; see `se_fx.regions.running`.
+OF_HOSTS = ("_host_graphs", "_host_watched", "_excited_by", "_between", "_holding", "_hosting")  # and of what is around them
+ATTRIBUTES = (
+    *("_graphs", "_watched", "_children", "_hosts", "_leaves", "_replaceable", "_modes_differ", "_edited"),  # of a region
+    *OF_HOSTS,
+)
+
+
+class Rewritten:
+    """What such modules do alike: copy and pickle whole, hooks and attributes included, and notice a `forward` that is set."""
+
+    _own_class: type[nn.Module]
+    _own_graph: fx.Graph | None = None  # of a module that was an fx.GraphModule before
+    _added: tuple[str, ...] = ()  # attributes that only an fx.GraphModule needs
+    _host: Forwards | None = None
+
+    def __init_subclass__(cls) -> None:
+        """Nothing: these are no classes that whoever keeps a list of a model's subclasses is to know."""
+
+    def __copy__(self) -> Any:
+        return self._copied(self.__dict__)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        memo[id(self)] = copied = object.__new__(type(self))
+        return self._copied({name: copy.deepcopy(value, memo) for name, value in self.__dict__.items()}, copied)
+
+    def _copied(self, attributes: Mapping[str, Any], copied: Any = None) -> Any:
+        copied = object.__new__(type(self)) if copied is None else copied
+        copied.__dict__.update(attributes)
+        return copied
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name != "forward" or leads_to(value, type(self).forward):  # type: ignore[attr-defined]
+            super().__setattr__(name, value)
+        elif self._host is not None:
+            raise SqueezeExciteError(
+                f"{self._own_class.__name__}.forward was set, and Squeeze-and-Excitation blocks stand in the code of the one "
+                'before: they would be lost. Use placement="activation" or "residual", which have blocks outside of units '
+                "whose forward is replaced; set it before blocks go in; or optimise by se_fx.optimize_for_inference instead"
+            )
+        else:  # it runs in place of the code, with the blocks on what it returns
+            self.__dict__[INNER] = value
+
+    def __delattr__(self, name: str) -> None:
+        if name == "forward" and INNER in self.__dict__:
+            del self.__dict__[INNER]
+        else:
+            super().__delattr__(name)
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        """What `torch.jit.script` compiles: a region's graph.
+
+        Raises:
+            SqueezeExciteError: the graphs of the modes differ, or there are none.
+        """
+        module: nn.Module = self  # type: ignore[assignment]
+        graphs = set(self.__dict__.get("_graphs", {}).values())
+        if len(graphs) != 1:
+            raise SqueezeExciteError(
+                f"{self._own_class.__name__} can't be scripted: "
+                + ("its code differs between training and evaluation" if graphs else "it scales values in its own code")
+                + "; script fx.GraphModule(gm, gm.graph), gm = se_fx.transform(model), or use torch.jit.trace or torch.export"
+            )
+        return _plain_view(module, graphs.pop())
+
+    def __reduce__(self) -> Any:
+        return self.__reduce_ex__(2)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # Graphs have no stable pickled form; fx pickles their generated code, and traces that again on loading.
+        module: nn.Module = self  # type: ignore[assignment]
+        views = {}
+        for kind in ("_graphs", "_host_graphs"):
+            graphs = self.__dict__.get(kind, {})
+            made = {graph: fx.GraphModule(module, graph) for graph in set(graphs.values())}
+            views[kind] = {training: made[graph] for training, graph in graphs.items()}
+        state = {
+            "attributes": {k: v for k, v in self.__dict__.items() if k not in ("_graphs", "_host_graphs", "_graph")},
+            "added": self._added,
+            "keeps": isinstance(self, self._own_class),
+            "views": views,
+            "own": fx.GraphModule(module, self._own_graph) if self._own_graph else None,
+        }
+        own = fx.GraphModule if self._own_graph else self._own_class
+        return _unpickled, (own, isinstance(self, GraphRegion)), state
+
+    def __setstate__(self, state: Any) -> None:
+        module: nn.Module = self  # type: ignore[assignment]
+        as_graph_module, own = isinstance(self, GraphRegion), self._own_class
+        module.__dict__.clear()
+        module.__dict__.update(state["attributes"])
+        module.__class__ = own if state["own"] is None else type(state["own"])
+        if state["own"] is not None:
+            module.__dict__["_graph"] = state["own"].graph
+        for kind, views in state["views"].items():
+            if views:
+                module.__dict__[kind] = {training: view.graph for training, view in views.items()}
+        own_graph = module.__dict__.get("_graph")
+        kinds = {"as_graph_module": as_graph_module, "added": state["added"], "keeps": state["keeps"]}
+        give_class(module, module.__class__, own_graph, **kinds)
+
+
+def _plain_view(module: nn.Module, graph: fx.Graph) -> fx.GraphModule:
+    """A graph of `module` over modules of their own classes."""
+    plain = fx.Graph(tracer_cls=graph._tracer_cls)
+    plain.output(plain.graph_copy(graph, {}))
+    scaling = [node for node in plain.nodes if EXCITE in node.kwargs]
+    for node in scaling:
+        node.kwargs = {name: value for name, value in node.kwargs.items() if name != EXCITE}
+    made = fx.GraphModule(module, plain)
+    for node in scaling:
+        scaling_itself: Any = module.get_submodule(str(node.target))
+        own = object.__new__(scaling_itself._own_class)
+        own.__dict__.update(scaling_itself.__dict__)
+        made.set_submodule(str(node.target), own)
+    return made
+
+
+def _unpickled(own: type[nn.Module], as_graph_module: bool) -> nn.Module:
+    """A module of the right kind of class for pickle to give its state to."""
+    return object.__new__(_graph_class(own, None, ()) if as_graph_module else _class(own, None, None, None, excited=False))
+
+
+class GraphRegion(Rewritten, fx.GraphModule):
+    """An `fx.GraphModule` that runs one graph in training and one in evaluation, which may be the same.
+
+    `graph` is that of the current mode. Calling `recompile()` after an edit takes up the edits of both; from then on the graphs
+    are what the module is, and none of its own code takes their place.
+    """
+
+    def _copied(self, attributes: Mapping[str, Any], copied: Any = None) -> Any:
+        copied = super()._copied(attributes, copied)
+        edited = copied.__dict__.get("_edited", False)
+        keeps = isinstance(self, self._own_class)
+        copied.__class__ = _graph_class(self._own_class, self._own_graph, self._added, self._host, keeps=keeps)
+        copied.recompile()
+        copied.__dict__["_edited"] = edited
+        return copied
+
+    @property
+    def graph(self) -> fx.Graph:
+        """The graph of the current mode."""
+        graphs = self.__dict__.get("_graphs")
+        return graphs[self.training] if graphs else self._graph
+
+    @graph.setter
+    def graph(self, graph: fx.Graph) -> None:
+        graphs = self.__dict__.get("_graphs")
+        if graphs:
+            same = graphs[True] is graphs[False]
+            graphs.update(dict.fromkeys((True, False) if same else (self.training,), graph))
+        self._graph = graph
+        graph.owning_module = self
+        self.recompile()
+
+    def recompile(self) -> Any:
+        """Generate the code of both modes' graphs anew."""
+        graphs = self.__dict__.get("_graphs", {False: self._graph})
+        forwards: dict[fx.Graph, Forward] = {}
+        code = None
+        for graph in (graphs[training] for training in sorted(graphs, key=lambda mode: mode == self.training)):
+            if graph not in forwards:
+                self._graph = graph
+                graph.owning_module = self
+                code = super().recompile()
+                forwards[graph] = type(self).forward
+        self.__dict__["_edited"] = True
+        region = {mode: forwards[graphs.get(mode, self._graph)] for mode in (True, False)}
+        if "_graphs" not in self.__dict__:  # a view of a graph, for passes
+            type(self).forward = by_mode(region)
+        else:
+            excited = bool(self.__dict__.get("_excited_by"))
+            type(self).forward = forward_of(type(self)._own_class, region, self._host, excited=excited)
+        return code
+
+
+# --------------------------------------------------------------------------------------------------------------- classes
+def give_class(
+    module: nn.Module,
+    own: type[nn.Module],
+    own_graph: fx.Graph | None = None,
+    *,
+    as_graph_module: bool = False,
+    added: tuple[str, ...] = (),
+    keeps: bool = True,
+) -> None:
+    """Have `module` run what its `ATTRIBUTES` say, in place.
+
+    Args:
+        module: the module; it has the attributes already.
+        own: its own class.
+        own_graph: its own graph, where it was an `fx.GraphModule`.
+        as_graph_module: be an `fx.GraphModule`, too.
+        added: the attributes that only an `fx.GraphModule` needs.
+        keeps: be of its own class, too; an `fx.GraphModule` need not.
+    """
+    host, excited = functions_of(module.__dict__.get("_host_graphs")), bool(module.__dict__.get("_excited_by"))
+    if not as_graph_module:
+        module.__class__ = _class(own, functions_of(module.__dict__.get("_graphs")), host, own_graph, excited=excited)
+        return
+    graphs = module.__dict__["_graphs"]
+    module.__dict__["_graph"] = graphs[module.training]
+    module.__class__ = _graph_class(own, own_graph, added, host, keeps=keeps)
+    module.recompile()  # type: ignore[operator]
+    module.__dict__["_edited"] = False
+
+
+def _graph_class(
+    own: type[nn.Module],
+    own_graph: fx.Graph | None,
+    added: tuple[str, ...],
+    host: Forwards | None = None,
+    *,
+    keeps: bool = True,
+) -> type[GraphRegion]:
+    """A class for one instance, as fx has it: generated code is a method. Of fx's name, which fx looks for in bases."""
+    keeps = keeps and not issubclass(own, fx.GraphModule)
+    bases: tuple[type, ...] = (GraphRegion, own) if keeps else (GraphRegion,)
+    bases = (_Sequence, *bases) if keeps and issubclass(own, nn.Sequential) else bases
+    attributes = {"_own_class": own, "_own_graph": own_graph, "_added": added, "_host": host, "__doc__": own.__doc__}
+    region = types.new_class("GraphModuleImpl", bases, exec_body=lambda body: body.update(attributes))
+    region.__name__ = own.__name__
+    return region
+
+
+def _class(
+    own: type[nn.Module], region: Forwards | None, host: Forwards | None, own_graph: fx.Graph | None, *, excited: bool
+) -> type[nn.Module]:
+    """A class for modules of the class `own`: one for all that run their own code, as models made alike are of one class."""
+    if region is not None or host is not None or own_graph is not None:
+        return _made_class(own, region, host, own_graph, excited=excited)
+    made = _of_code.setdefault(own, {})
+    if excited not in made:
+        made[excited] = _made_class(own, None, None, None, excited=excited)
+    return made[excited]
+
+
+_of_code: weakref.WeakKeyDictionary[type[nn.Module], dict[bool, type[nn.Module]]] = weakref.WeakKeyDictionary()
+
+
+def _made_class(
+    own: type[nn.Module], region: Forwards | None, host: Forwards | None, own_graph: fx.Graph | None, *, excited: bool
+) -> type[nn.Module]:
+    body = {
+        "__doc__": own.__doc__,
+        # What scales its values is no leaf for the tracers of others, which look here.
+        "__module__": __name__ if excited and is_leaf(own) else own.__module__,
+        "__qualname__": own.__qualname__,
+        "_own_class": own,
+        "_own_graph": own_graph,
+        "_host": host,
+        "forward": forward_of(own, region, host, excited=excited),
+        UNSCALED: forward_of(own, region, host, excited=False),
+    }
+    bases = (_Sequence, Rewritten, own) if issubclass(own, nn.Sequential) else (Rewritten, own)
+    return types.new_class(own.__name__, bases, exec_body=lambda namespace: namespace.update(body))
+
+
+def overrides_module_methods(own: type[nn.Module]) -> bool:
+    """Whether a class changes what `train`, `state_dict` and other methods of every module do, so that they must be kept."""
+    theirs = [kind for kind in own.__mro__ if issubclass(kind, nn.Module) and not kind.__module__.startswith("torch.nn.")]
+    return any(name in _MODULE_METHODS for kind in theirs for name in vars(kind))
+
+
+_MODULE_METHODS = {name for name, member in vars(nn.Module).items() if isinstance(member, types.FunctionType)}
+_MODULE_METHODS -= {"__init__", "forward", "extra_repr", "__repr__", "__dir__", "_get_name"}
+
+
+# ------------------------------------------------------------------------------------------------------------ containers
+class _Sequence:
+    """A Sequential in which blocks stand: to whoever counts, indexes or iterates it, they are not among its modules."""
+
+    def __len__(self) -> int:
+        return len(self._visible())
+
+    def __iter__(self) -> Iterator[nn.Module]:
+        return iter(self._visible().values())
+
+    def __getitem__(self, idx: Any) -> Any:
+        items = list(self._visible().items())
+        return self._part(OrderedDict(items[idx])) if isinstance(idx, slice) else items[idx][1]
+
+    def _part(self, modules: OrderedDict[str, nn.Module]) -> nn.Sequential:
+        """A Sequential of some of these modules, with the blocks that scale what they return."""
+        used = {id(container): container for each in modules.values() for container, _ in each.__dict__.get("_excited_by", ())}
+        held = {name: each for name, each in self._modules.items() if id(each) in used}  # type: ignore[attr-defined]
+        part = nn.Sequential(OrderedDict([*held.items(), *modules.items()]))
+        if held:
+            part.__dict__["_hosting"] = True
+            give_class(part, nn.Sequential)
+        return part
+
+    def _visible(self) -> dict[str, nn.Module]:
+        modules: dict[str, nn.Module] = self._modules  # type: ignore[attr-defined]
+        return {name: module for name, module in modules.items() if not isinstance(module, Inserted)}
+
+
+class Inserted(nn.Module):
+    """Holds the modules that a pass has inserted. They are no part of the model: capture never enters them.
+
+    Called as one of the modules around it, by who calls a model's children one after the other, it does nothing.
+    """
+
+    def forward(self, x: Any) -> Any:
+        """Return what it is given."""
+        return x

@@ -1,0 +1,121 @@
+"""Forwards: what a rewritten module runs when it is called, as one function."""
+
+from __future__ import annotations
+
+import functools
+import types
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import fx, nn
+
+from se_fx.regions.freshness import is_fresh, refuse_stale, refuse_surgery
+
+__all__ = ["EXCITE", "INNER", "UNSCALED", "Forward", "Forwards", "by_mode", "forward_of", "functions_of", "is_leaf", "leads_to"]
+
+Forward = Callable[..., Any]
+Forwards = Mapping[bool, Forward]  # by `training`
+
+#: The keyword that graphs call a module with whose blocks they apply by themselves.
+EXCITE = "excite"
+#: The method that is `forward` without the blocks that scale what it returns.
+UNSCALED = "_forward_unscaled"
+#: The attribute that holds what somebody has set as `forward` since.
+INNER = "_inner_forward"
+
+
+def functions_of(graphs: Mapping[bool, fx.Graph] | None) -> dict[bool, Forward] | None:
+    """The code of graphs, as functions of a module and the graphs' inputs."""
+    if not graphs:
+        return None
+    made: dict[fx.Graph, Forward] = {}
+    for graph in set(graphs.values()):
+        code = graph.python_code("self")
+        names = dict(code.globals)
+        exec(compile(code.src, "<the graph of a module>", "exec"), names)  # as fx does
+        made[graph] = names["forward"]
+    return {training: made[graph] for training, graph in graphs.items()}
+
+
+def by_mode(forwards: Forwards) -> Forward:
+    """One function for both modes."""
+    train, evaluate = forwards[True], forwards[False]
+    if train is evaluate:
+        return train
+
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        # A plain branch on `training`: torch.compile guards on it, and compiles each mode once.
+        if self.training:
+            return train(self, *args, **kwargs)
+        return evaluate(self, *args, **kwargs)
+
+    return functools.wraps(evaluate)(_anew(forward))
+
+
+def forward_of(own: Any, region: Forwards | None, host: Forwards | None, *, excited: bool) -> Forward:
+    """The region's graphs while they are fresh; else the host's, or the code; then the blocks on what that returns.
+
+    The graphs of an `fx.GraphModule`, which nobody calls from another graph, have these blocks in them.
+    """
+    own_forward = own.forward
+    in_region, in_host = by_mode(region) if region else None, by_mode(host) if host else None
+    leaf = excited and is_leaf(own) and not issubclass(own, nn.Conv2d)
+
+    def code(self: Any, *args: Any, **kwargs: Any) -> Any:
+        refuse_surgery(self)
+        if in_host is not None:
+            refuse_stale(self, "_host_watched")
+            return in_host(self, *args, **kwargs)
+        if INNER in self.__dict__:
+            return self.__dict__[INNER](*args, **kwargs)
+        return own_forward(self, *args, **kwargs)
+
+    def whole(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if in_region is None or not is_fresh(self):
+            return code(self, *args, **kwargs)
+        return in_region(self, *args, **kwargs)
+
+    def scaled(self: Any, *args: Any, excite: bool = True, **kwargs: Any) -> Any:
+        if isinstance(self, fx.GraphModule) and in_region is not None and is_fresh(self):
+            return in_region(self, *args, **kwargs)
+        value = _recorded(self, args, kwargs) if leaf and args and isinstance(args[0], fx.Proxy) else NotImplemented
+        value = whole(self, *args, **kwargs) if value is NotImplemented else value
+        if excite:
+            for container, name in self._excited_by:
+                value = getattr(container, name)(value)
+        return value
+
+    return functools.wraps(own_forward)(_anew(scaled if excited else whole))
+
+
+def is_leaf(own: type[nn.Module]) -> bool:
+    """Whether tracers of others don't look into modules of a class."""
+    return own.__module__.startswith("torch.nn.") and not issubclass(own, nn.Sequential)
+
+
+def _recorded(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The call of a module in the graph that a tracer of others makes, as it would be if it scaled nothing."""
+    tracer = args[0].tracer
+    if not isinstance(tracer, fx.Tracer):
+        return NotImplemented
+    return tracer.create_proxy("call_module", tracer.path_of_module(module), args, {**kwargs, EXCITE: False})
+
+
+def _anew(function: Any) -> Forward:
+    """The same function with code of its own: what compiles code counts how often it has had to."""
+    code, defaults = function.__code__.replace(), function.__kwdefaults__
+    copied = types.FunctionType(code, function.__globals__, function.__name__, function.__defaults__, function.__closure__)
+    copied.__kwdefaults__ = defaults
+    return copied
+
+
+def leads_to(value: Any, forward: Forward) -> bool:
+    """Whether a function is, or wraps, as decorators and accelerate do, a method of a module."""
+    seen = 0
+    while value is not None and seen < 100:
+        function = getattr(value, "__func__", value)
+        if function is forward:
+            return True
+        inner = getattr(function, "__wrapped__", None) or getattr(function, "_torchdynamo_orig_callable", None)
+        value, seen = inner, seen + 1
+    return False

@@ -1,0 +1,201 @@
+"""Freshness: a graph is a cache of code. What the code has read, and whether that is still so."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import sys
+import types
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from se_fx.errors import SqueezeExciteError
+
+__all__ = ["Watched", "is_fresh", "refuse_stale", "refuse_surgery", "watch"]
+
+#: Modules, the names they are known by, and what their code may have read: values, and what these hold. Built-in types alone,
+#: so that those of a copied model are about the copy's modules.
+Watched = list[tuple[str, nn.Module, dict[str, tuple[Any, Any]]]]
+
+_ABSENT = inspect.Parameter.empty  # of attributes that a class has, and the instance hasn't
+_MODULES = frozenset({"training", "call_super_init", "dump_patches"})  # what every module has
+_ATOMS = frozenset({bool, int, float, complex, str, bytes, type(None)})
+_NOT_USERS = sys.stdlib_module_names | {"torch", "numpy"}
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_DEPTH = 3  # of objects in objects that are looked into
+
+
+def watch(modules: Iterable[tuple[str, nn.Module, type[nn.Module]]]) -> Watched:
+    """What would make a graph stale that was traced through the code of these modules.
+
+    The values of those attributes, of the instance and of its class, whose names the code's source knows; tensors and modules
+    are read at each call by graphs too.
+
+    Args:
+        modules: names for errors, modules, and the classes whose code they run.
+    """
+    return [(name, module, _readable(module, own)) for name, module, own in modules]
+
+
+def is_fresh(module: Any) -> bool:
+    """Whether a region's graphs are what its code does; if they aren't, and the code can't run in their place, this raises.
+
+    Raises:
+        SqueezeExciteError: they are stale, and blocks stand in them alone, or somebody has edited them.
+    """
+    for host in module._hosts:
+        refuse_surgery(host)
+    change = _change(module)
+    if change is None:
+        return True
+    if module.__dict__.get("_edited") or not module._replaceable:
+        why = "was edited since" if module.__dict__.get("_edited") else "has blocks that stand nowhere else"
+        raise SqueezeExciteError(
+            f"since this model was traced, {change}; its graph doesn't know of that, and can't be given up for the code, since "
+            f"it {why}. Change the original first, and transform it then"
+        )
+    return False
+
+
+def _change(module: Any) -> str | None:
+    """What has changed since a region was traced, in words."""
+    if "_inner_forward" in module.__dict__:
+        return "its forward was set"
+    changed = change_in(module._watched)
+    if changed is not None or torch.compiler.is_compiling():  # what compiles doesn't look at hooks either
+        return changed
+    for name, inner, _ in module._watched[1:]:  # the first is the region's own
+        state = inner.__dict__
+        if any(map(state.get, _HOOKS)):
+            return f"hooks were registered on {name}"
+        if "forward" in state or "_inner_forward" in state:
+            return f"{name}.forward was set"
+        if inner.training is not module.training and module._modes_differ:
+            return f"{name} was put into another mode"
+    return _exchanged(module)
+
+
+def _exchanged(module: Any) -> str | None:
+    for leaf in module._leaves:
+        if any(map(leaf.__dict__.get, _HOOKS)):
+            return f"hooks were registered on a {leaf._own_class.__name__}, whose value a block scales"
+    for parent, name, child in module._children:
+        if parent._modules.get(name) is not child:
+            return f"the module {name} was replaced"
+    return None
+
+
+def refuse_stale(module: Any, watched: str) -> None:
+    """Raise where what a host's graphs have read was changed.
+
+    Raises:
+        SqueezeExciteError: names the attribute.
+    """
+    change = change_in(module.__dict__[watched])
+    if change is not None:
+        raise SqueezeExciteError(
+            f"{module._own_class.__name__}: since Squeeze-and-Excitation blocks were put into its code, {change}; the graph "
+            "that it runs now doesn't know of that. Set it before blocks go in; or se_fx.remove() them, set it, insert again"
+        )
+
+
+def refuse_surgery(module: Any) -> None:
+    """Raise where somebody has folded a norm into a convolution across a block that stands between them, or deleted a block.
+
+    Raises:
+        SqueezeExciteError: names the module, and what to do instead.
+    """
+    for name in module.__dict__.get("_holding", ()):
+        if name not in module._modules:
+            raise SqueezeExciteError(
+                f"{module._own_class.__name__}: {name} was deleted, and with it Squeeze-and-Excitation blocks that stand "
+                "there, as happens where convolutions are folded into one. Use a placement outside of what is folded, such as "
+                'placement="activation" or "residual"; or se_fx.remove() the blocks first'
+            )
+    for conv_name, norm_name, had_bias, kind in module.__dict__.get("_between", ()):
+        conv, norm = _child(module, conv_name), _child(module, norm_name)
+        gained = conv is not None and (conv._parameters.get("bias") is not None) is not had_bias
+        if norm is None or gained or (type(norm) is not kind and "norm" not in type(norm).__name__.lower()):
+            raise SqueezeExciteError(
+                f"{norm_name} was folded into {conv_name}, or replaced, and a Squeeze-and-Excitation block stands between: "
+                'outputs would be wrong. Use placement="norm" or "activation", which leave the two together, or '
+                "se_fx.optimize_for_inference, which folds around blocks, instead of fusing"
+            )
+
+
+def _child(module: Any, name: str) -> Any:
+    for part in name.split("."):
+        module = module._modules.get(part) if module is not None else None
+    return module
+
+
+def change_in(watched: Watched) -> str | None:
+    """The first change since `watch`, in words; None where there is none."""
+    for name, module, values in watched:
+        now = module.__dict__
+        for attribute, (value, content) in values.items():
+            other = now.get(attribute, _ABSENT)
+            if other is not value and not (type(other) is type(value) in _ATOMS and other == value):
+                return f"the attribute {f'{name}.{attribute}' if name else attribute} was set"
+            if content is not None and _content(value) != content:
+                return f"what the attribute {f'{name}.{attribute}' if name else attribute} holds was changed"
+    return None
+
+
+def _readable(module: nn.Module, own: Any) -> dict[str, tuple[Any, Any]]:
+    names = _words(own)
+    found: dict[str, tuple[Any, Any]] = {
+        name: (value, _content(value))
+        for name, value in module.__dict__.items()
+        if name in names and name not in _MODULES and not isinstance(value, (Tensor, nn.Module))
+    }
+    for name in names - found.keys():
+        inherited = inspect.getattr_static(own, name, _ABSENT)
+        if inherited is not _ABSENT and not hasattr(nn.Module, name) and not hasattr(type(inherited), "__set__"):
+            found[name] = (_ABSENT, None)
+    return found
+
+
+def _content(value: Any, depth: int = _DEPTH) -> Any:
+    """The numbers and strings that containers and objects of users hold; None for what is none."""
+    if type(value) in _ATOMS or not depth or isinstance(value, (Tensor, nn.Module, type, types.FunctionType)):
+        return None
+    if isinstance(value, dict):
+        items = list(value.items())
+    elif isinstance(value, (list, tuple)):
+        items = list(enumerate(value))
+    elif hasattr(value, "__dict__") and type(value).__module__.partition(".")[0] not in _NOT_USERS:
+        items = list(vars(value).items())
+    else:
+        return None
+    return [(str(key), each if type(each) in _ATOMS else _content(each, depth - 1)) for key, each in items]
+
+
+@functools.cache
+def _words(own: Any) -> frozenset[str]:
+    """All names, of attributes and in strings, that the source of a class and of the modules it stands in has."""
+    found: set[str] = set()
+    for kind in own.__mro__:
+        if issubclass(kind, nn.Module) and not kind.__module__.startswith("torch."):
+            home = sys.modules.get(kind.__module__)
+            for code in (*_codes(vars(kind)), *_codes(vars(home) if home is not None else {}, kind.__module__)):
+                found.update(code.co_names, (each for each in code.co_consts if isinstance(each, str) and each.isidentifier()))
+    return frozenset(found)
+
+
+def _codes(names: Any, home: str | None = None) -> Iterator[types.CodeType]:
+    """The code of functions, properties and methods among some names; of those defined in one module, if that is given."""
+    for value in list(names.values()):
+        function = getattr(value, "fget", None) or getattr(value, "__func__", value)
+        if isinstance(function, types.FunctionType) and home in (None, function.__module__):
+            yield from _inner(function.__code__)
+
+
+def _inner(code: types.CodeType) -> Iterator[types.CodeType]:
+    yield code
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            yield from _inner(constant)
