@@ -7,7 +7,7 @@ import types
 import weakref
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, NoReturn
 
 from torch import fx, nn
 
@@ -77,13 +77,13 @@ class Rewritten:
             super().__delattr__(name)
 
     def __prepare_scriptable__(self) -> nn.Module:
-        """What `torch.jit.script` compiles: a region's graph.
+        """What `torch.jit.script` compiles: a region's graph, that of the mode it can be run in if there is but one.
 
         Raises:
             SqueezeExciteError: the graphs of the modes differ, or there are none.
         """
         module: nn.Module = self  # type: ignore[assignment]
-        graphs = set(self.__dict__.get("_graphs", {}).values())
+        graphs = {graph for graph in self.__dict__.get("_graphs", {}).values() if not _refuses(graph)}
         if len(graphs) != 1:
             raise SqueezeExciteError(
                 f"{self._own_class.__name__} can't be scripted: "
@@ -143,6 +143,11 @@ def _plain_view(module: nn.Module, graph: fx.Graph) -> fx.GraphModule:
         own.__dict__.update(scaling_itself.__dict__)
         made.set_submodule(str(node.target), own)
     return made
+
+
+def _refuses(graph: fx.Graph) -> bool:
+    """Whether a graph calls what never returns."""
+    return any(getattr(node.target, "__annotations__", {}).get("return") in (NoReturn, "NoReturn") for node in graph.nodes)
 
 
 def _unpickled(own: type[nn.Module], as_graph_module: bool) -> nn.Module:
