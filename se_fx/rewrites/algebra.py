@@ -33,6 +33,7 @@ class Algebra:
         vectors: the shape behind the batch of what holds a vector for each sample.
         effects: what running the nodes does, besides.
         evaluation: what the nodes make of given tensors.
+        batched: maps that are (N, C, H, W) and never (C, H, W), since norms yield them that take no other, or did.
     """
 
     def __init__(self, module: fx.GraphModule, *, exported: bool = False) -> None:
@@ -43,6 +44,7 @@ class Algebra:
         self.evaluation = Evaluation(module, self.effects)
         self.vectors = self.values.vectors
         self.maps = {node: width for node, width in self.values.maps.items() if node not in self.vectors}
+        self.batched = {node for node in self.maps if _takes_batches_only(called(node, self.modules))}
 
     def given(self, node: fx.Node) -> dict[str, Any]:
         """The arguments of a call by name; nothing where they can't be told."""
@@ -128,12 +130,11 @@ class Algebra:
         return None
 
     def _is_batched(self, value: fx.Node) -> bool:
-        """Whether a map is certainly (N, C, H, W), never (C, H, W): it comes from a norm, which takes no other."""
+        """Whether a map is certainly (N, C, H, W), never (C, H, W): it comes from one that is."""
         seen, open_ends = {value}, [value]
         while open_ends:
             node = open_ends.pop()
-            module = called(node, self.modules)
-            if type(module) is nn.BatchNorm2d and is_plain(module):
+            if node in self.batched:
                 return True
             new = [source for source in node.all_input_nodes if source in self.maps and source not in seen]
             seen.update(new)
@@ -257,3 +258,7 @@ class Algebra:
         nodes = tuple(operand for operand in dict.fromkeys(operands) if isinstance(operand, fx.Node))
         types = {self.dtype(each) for each in (node, *nodes)}
         return nodes if len(nodes) == 2 and len(types) == 1 and None not in types else ()
+
+
+def _takes_batches_only(module: nn.Module | None) -> bool:
+    return type(module) is nn.BatchNorm2d and is_plain(module)
