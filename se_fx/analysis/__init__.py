@@ -9,6 +9,7 @@ from se_fx.analysis.channels import Values, channels
 from se_fx.analysis.dataflow import ADDS, PRODUCTS, attention_convs
 from se_fx.analysis.effects import Effects
 from se_fx.analysis.residual import Unit, activation_after, is_nonlinear, residual_units
+from se_fx.analysis.statements import name_results
 
 __all__ = [
     "ADDS",
@@ -25,5 +26,6 @@ __all__ = [
     "is_nonlinear",
     "is_plain",
     "modules_of",
+    "name_results",
     "residual_units",
 ]

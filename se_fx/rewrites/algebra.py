@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from se_fx.analysis import ADDS, PRODUCTS, Effects, Values, arguments, called, is_plain, modules_of
+from se_fx.analysis import ADDS, PRODUCTS, Effects, Values, arguments, called, is_plain, modules_of, name_results
 from se_fx.rewrites.evaluation import Evaluation
 from se_fx.rewrites.products import VectorLinear
 from se_fx.rewrites.terms import Affine, Scale, affine, exact, is_pointwise, pointwise, with_parameters
@@ -38,6 +38,7 @@ class Algebra:
 
     def __init__(self, module: fx.GraphModule, *, exported: bool = False) -> None:
         self.module, self.graph, self.exported = module, module.graph, exported
+        name_results(module.graph, module)
         self.modules = dict(modules_of(module))
         self.values = Values(module.graph, module)
         self.effects = Effects(module, self.modules, self.values)
