@@ -26,6 +26,10 @@ KINDS = {
         [("scaled", 0, 0), ("view changed", 1, 0), ("added", 0, 1)],
         [("swapped", 0, 0), ("scaled", 0, 0), ("flat view changed", 2, 0), ("norm", 0, 0)],
         [("wider", 0, 0), ("gate", 0, 0), ("narrow changed", 0, 0), ("scaled", 0, 0)],
+        [("wider", 0, 0), ("view changed", 0, 0), ("gate", 0, 0), ("scaled", 0, 0)],
+        [("wider", 0, 0), ("data added to", 0, 1), ("gate", 0, 0), ("scaled", 0, 0)],
+        [("conv", 0, 0), ("scaled", 0, 0), ("view changed", 1, 0), ("added", 0, 1), *[("relu", 0, 0)] * 3],
+        [("conv", 0, 0), ("scaled", 0, 0), ("gate's view changed", 0, 0), ("norm", 0, 0), *[("relu", 0, 0)] * 3],
     ],
     "effects erased": [
         [("scaled in place", 0, 0), ("another norm", 0, 0), ("added in place", 0, 0), ("expanded", 1, 0)],
