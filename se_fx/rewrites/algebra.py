@@ -227,8 +227,11 @@ class Algebra:
         return value if self.vectors.get(value, ())[1:] == (1, 1) else None
 
     def gate_nodes(self) -> set[fx.Node]:
-        """All vectors that gates are computed from, gates included."""
+        """All vectors that gates are computed from, gates included: those that maps are scaled by, and those added to maps."""
         open_ends: list[Any] = [scale.gate for scale in self.scales()]
+        for node in self.graph.nodes:
+            operands = self._operands(node) if node.target in ADDS and node in self.maps else ()
+            open_ends += map(self.gate, operands)
         open_ends += [self.gate(self.given(node).get("tensor2")) for node in self.graph.nodes if node.target is torch.addcmul]
         found: set[fx.Node] = set()
         while open_ends:
