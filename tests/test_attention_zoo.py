@@ -18,19 +18,19 @@ from se_fx.cost import NO_COST
 #: By kind of attention; each name a network of timm's, or of torchvision's.
 NETWORKS = [
     # Squeeze-and-Excitation, as it was written in a dozen ways
-    "seresnet18", "seresnet33ts", "seresnet50t", "seresnetaa50d", "seresnext26d_32x4d", "seresnext26t_32x4d",
+    "seresnet18", "seresnet33ts", "seresnext26d_32x4d", "seresnext26t_32x4d",
     "seresnext26ts", "legacy_seresnet18", "legacy_seresnext26_32x4d", "resnetrs50", "nf_seresnet26", "cs3sedarknet_l",
-    "cs3se_edgenet_x", "efficientnet_b0", "tf_efficientnet_b0", "efficientnet_b0_gn", "efficientnet_b0_g8_gn",
+    "efficientnet_b0", "tf_efficientnet_b0", "efficientnet_b0_gn", "efficientnet_b0_g8_gn",
     "efficientnetv2_rw_t", "tf_efficientnetv2_b0", "mobilenetv3_small_050", "tf_mobilenetv3_small_075", "mobilenetv3_rw",
-    "semnasnet_050", "fbnetv3_b", "hardcorenas_b", "lcnet_035", "mixnet_s", "tf_mixnet_s", "rexnet_100", "rexnetr_100",
-    "tinynet_e", "ghostnet_050", "ghostnetv2_100", "ghostnetv3_050", "repghostnet_050", "repvit_m0_9", "regnety_002",
-    "regnety_008_tv", "regnety_040_sgn", "regnetz_005", "regnetz_b16", "regnetz_d8", "mobileone_s4", "tresnet_m",
-    "fastvit_sa12", "test_efficientnet", "test_byobnet", "coatnet_pico_rw_224", "nf_regnet_b0", "tresnet_v2_l",
-    "nfnet_l0", "xcit_nano_12_p16_224", "hgnetv2_b0", "sehalonet33ts", "sebotnet33ts_256", "edgenext_xx_small",
+    "semnasnet_050", "hardcorenas_b", "lcnet_035", "mixnet_s", "tf_mixnet_s", "rexnet_100", "rexnetr_100",
+    "tinynet_e", "ghostnet_050", "ghostnetv2_100", "repghostnet_050", "repvit_m0_9", "regnety_002",
+    "regnety_008_tv", "regnetz_005", "regnetz_b16", "mobileone_s4", "tresnet_m",
+    "fastvit_sa12", "test_efficientnet", "test_byobnet", "coatnet_pico_rw_224", "nf_regnet_b0",
+    "hgnetv2_b0", "sehalonet33ts", "sebotnet33ts_256", "edgenext_xx_small",
     # of channels in a band, effective, of context, split, selective, by gathering
-    "ecaresnet26t", "ecaresnext26t_32x4d", "ecaresnetlight", "eca_resnet33ts", "eca_nfnet_l0", "eca_vovnet39b",
-    "nf_ecaresnet26", "eca_botnext26ts_256", "eca_halonext26ts", "ese_vovnet19b_dw", "ese_vovnet39b", "gcresnext26ts",
-    "gcresnet33ts", "gc_efficientnetv2_rw_t", "resnest14d", "skresnet18", "skresnext50_32x4d", "bat_resnext26ts",
+    "ecaresnet26t", "ecaresnext26t_32x4d", "ecaresnetlight", "eca_resnet33ts", "eca_nfnet_l0",
+    "nf_ecaresnet26", "eca_botnext26ts_256", "ese_vovnet19b_dw", "gcresnext26ts",
+    "gcresnet33ts", "gc_efficientnetv2_rw_t", "resnest14d", "skresnet18", "bat_resnext26ts",
     # torchvision's
     "efficientnet_b0 of torchvision", "efficientnet_v2_s of torchvision", "mobilenet_v3_small of torchvision",
     "regnet_y_400mf of torchvision", "ssdlite320_mobilenet_v3_large's backbone of torchvision",
@@ -38,7 +38,7 @@ NETWORKS = [
     *(f"resnet18 with {kind}" for kind in ("se", "ese", "eca", "ecam", "ceca", "ge", "gc", "gca", "cbam", "lcbam", "sk")),
 ]  # fmt: skip
 #: Their images have one size.
-FIXED = ("coatnet", "sebotnet", "eca_botnext", "sehalonet", "eca_halonext", "xcit", "fastvit")
+FIXED = ("coatnet", "sebotnet", "eca_botnext", "sehalonet", "fastvit")
 
 
 def network(name: str) -> nn.Module:
