@@ -231,7 +231,8 @@ class Algebra:
         open_ends: list[Any] = [scale.gate for scale in self.scales()]
         for node in self.graph.nodes:
             operands = self._operands(node) if node.target in ADDS and node in self.maps else ()
-            open_ends += map(self.gate, operands)
+            if any(isinstance(each, fx.Node) and each in self.maps and each not in self.vectors for each in operands):
+                open_ends += map(self.gate, operands)
         open_ends += [self.gate(self.given(node).get("tensor2")) for node in self.graph.nodes if node.target is torch.addcmul]
         found: set[fx.Node] = set()
         while open_ends:
