@@ -27,15 +27,15 @@ NETWORKS = [
     "regnety_008_tv", "regnetz_005", "regnetz_b16", "mobileone_s4", "tresnet_m",
     "fastvit_sa12", "test_efficientnet", "test_byobnet", "coatnet_pico_rw_224", "nf_regnet_b0",
     "hgnetv2_b0", "sehalonet33ts", "sebotnet33ts_256", "edgenext_xx_small",
-    # of channels in a band, effective, of context, split, selective, by gathering
+    # of channels in a band, effective, of context, split, selective
     "ecaresnet26t", "ecaresnext26t_32x4d", "ecaresnetlight", "eca_resnet33ts", "eca_nfnet_l0",
     "nf_ecaresnet26", "eca_botnext26ts_256", "ese_vovnet19b_dw", "gcresnext26ts",
-    "gcresnet33ts", "gc_efficientnetv2_rw_t", "resnest14d", "skresnet18", "bat_resnext26ts",
+    "gcresnet33ts", "gc_efficientnetv2_rw_t", "resnest14d", "skresnet18",
     # torchvision's
     "efficientnet_b0 of torchvision", "efficientnet_v2_s of torchvision", "mobilenet_v3_small of torchvision",
     "regnet_y_400mf of torchvision", "ssdlite320_mobilenet_v3_large's backbone of torchvision",
     # in a resnet, whatever layer of attention timm knows
-    *(f"resnet18 with {kind}" for kind in ("se", "ese", "eca", "ecam", "ceca", "ge", "gc", "gca", "cbam", "lcbam", "sk")),
+    *(f"resnet18 with {kind}" for kind in ("se", "ese", "eca", "ecam", "ceca", "gc", "gca", "cbam", "lcbam", "sk")),
 ]  # fmt: skip
 #: Their images have one size.
 FIXED = ("coatnet", "sebotnet", "eca_botnext", "sehalonet", "fastvit")
