@@ -17,7 +17,7 @@ from torchvision.models._utils import IntermediateLayerGetter
 
 import se_fx
 
-X = torch.randn(2, 3, 8, 8)
+X = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 PLACEMENTS = ["conv", "norm", "activation", "residual", "pre", "post", "identity"]
 
 

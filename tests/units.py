@@ -40,6 +40,19 @@ def halves(x: Tensor) -> Tensor:
     return torch.cat([a + b, b], 1)
 
 
+def added_by_a_statement(m: Unit, x: Tensor) -> Tensor:
+    y = m.b(F.relu(m.a(x)))
+    y.add_(x)
+    return F.relu(y) + y
+
+
+def added_to_by_a_statement(m: Unit, x: Tensor) -> Tensor:
+    y = m.norm(x)
+    y += m.b(F.relu(m.a(y)))
+    y.relu_()
+    return y
+
+
 UNITS = {
     "functional": lambda m, x: F.relu(x + m.other(m.b(F.relu(m.norm(m.a(x)))))),
     "in place": lambda m, x: F.relu_(m.other(m.b(F.relu_(m.norm(m.a(x))))).add_(x)),
@@ -51,6 +64,9 @@ UNITS = {
     "option A": lambda m, x: m.wide(F.relu(m.a(x))) + F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, 4, 4)),
     "activation last": lambda m, x: F.leaky_relu(m.norm(m.b(F.leaky_relu(m.a(x))))) + x,
     "layer scale": lambda m, x: x + m.b(F.gelu(m.a(x))) * m.position,
+    "addcmul": lambda m, x: torch.addcmul(x, m.b(F.gelu(m.a(x))), m.position),
+    "added by a statement": added_by_a_statement,
+    "added to by a statement": added_to_by_a_statement,
     "drop path": lambda m, x: x + drop_path(m.b(F.gelu(m.a(x)))),
     "drop path, another": lambda m, x: x + rand_drop_path(m.b(F.gelu(m.a(x)))),
     "dropout": lambda m, x: x + F.dropout2d(m.b(F.gelu(m.a(x))), 0.5, m.training),

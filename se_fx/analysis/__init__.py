@@ -4,11 +4,12 @@ Which values come from the inputs, which are feature maps and of how many channe
 Graphs are read, or run on meta tensors; nothing is edited. Knows nothing of blocks, nor why it is asked.
 """
 
-from se_fx.analysis.calls import arguments, is_plain, on_meta, runs_pytorch
+from se_fx.analysis.calls import Modules, arguments, called, is_plain, modules_of, on_meta, runs_pytorch
 from se_fx.analysis.channels import Values, channels
-from se_fx.analysis.dataflow import ADDS, PRODUCTS, Modules, attention_convs, called, modules_of
+from se_fx.analysis.dataflow import ADDS, PRODUCTS, attention_convs
 from se_fx.analysis.effects import Effects
 from se_fx.analysis.residual import Unit, activation_after, is_nonlinear, residual_units
+from se_fx.analysis.statements import name_results
 
 __all__ = [
     "ADDS",
@@ -25,6 +26,7 @@ __all__ = [
     "is_nonlinear",
     "is_plain",
     "modules_of",
+    "name_results",
     "on_meta",
     "residual_units",
     "runs_pytorch",

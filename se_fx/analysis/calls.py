@@ -11,10 +11,21 @@ from torch import Tensor, fx, nn
 from torch.func import functional_call
 from torch.utils._pytree import tree_leaves
 
-from se_fx.analysis.dataflow import Modules, called
 from se_fx.regions import hooked
 
-__all__ = ["arguments", "holds_hooks_or_convs", "is_plain", "on_meta", "runs_pytorch"]
+__all__ = ["Modules", "arguments", "called", "holds_hooks_or_convs", "is_plain", "modules_of", "on_meta", "runs_pytorch"]
+
+Modules = Mapping[str, nn.Module]  # by qualified name
+
+
+def modules_of(root: nn.Module) -> Modules:
+    """All modules that a graph's targets may name."""
+    return dict(root.named_modules(remove_duplicate=False))
+
+
+def called(node: fx.Node, modules: Modules) -> nn.Module | None:
+    """The module that a `call_module` node calls; None for other nodes."""
+    return modules[str(node.target)] if node.op == "call_module" else None
 
 
 def arguments(node: fx.Node, modules: Modules) -> dict[str, Any] | None:
@@ -38,6 +49,8 @@ def arguments(node: fx.Node, modules: Modules) -> dict[str, Any] | None:
         names = ("input", "other")
         return dict(zip(names, node.args, strict=True)) if len(node.args) == 2 and not node.kwargs else None
     if inspect.isfunction(function):
+        # Such as F.max_pool2d, which is one of two functions of the same parameters.
+        function = torch._jit_internal.boolean_dispatched.get(function, {}).get("if_false", function)
         return _bound(inspect.signature(function), node.args, node.kwargs)
     return _by_schema(function.__name__, node.args, node.kwargs) if home.startswith("torch") else None
 

@@ -3,40 +3,25 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
+from se_fx.analysis.calls import Modules, arguments, called, modules_of
 from se_fx.regions import Inserted
 
 __all__ = [
     "ADDS",
     "PRODUCTS",
-    "Modules",
     "attention_convs",
-    "called",
     "describes",
     "inserted",
     "live",
-    "modules_of",
     "pooled",
     "pools_globally",
 ]
-
-Modules = Mapping[str, nn.Module]  # by qualified name
-
-
-def modules_of(root: nn.Module) -> Modules:
-    """All modules that a graph's targets may name."""
-    return dict(root.named_modules(remove_duplicate=False))
-
-
-def called(node: fx.Node, modules: Modules) -> nn.Module | None:
-    """The module that a `call_module` node calls; None for other nodes."""
-    return modules[str(node.target)] if node.op == "call_module" else None
 
 
 def inserted(node: fx.Node, modules: Modules) -> bool:
@@ -57,7 +42,7 @@ def live(graph: fx.Graph) -> set[fx.Node]:
 def describes(node: fx.Node) -> bool:
     """Whether a node says how large, of what kind or where its input is, or makes another tensor like it."""
     if node.target is getattr:
-        return node.args[1] not in ("T", "mT", "data")
+        return not isinstance(getattr(_TENSOR, str(node.args[1]), None), Tensor)  # such as `data`
     name = str(node.target) if node.op == "call_method" else getattr(node.target, "__name__", "")
     asks = name in ("size", "dim", "numel", "stride") or (name == "type" and len(node.args) + len(node.kwargs) == 1)
     return asks or name.startswith("new_") or name.endswith("_like")
@@ -104,6 +89,7 @@ ADDS: frozenset[Any] = frozenset({operator.add, operator.iadd, torch.add, "add",
 PRODUCTS: frozenset[Any] = frozenset(
     {operator.mul, operator.imul, torch.mul, torch.multiply, "mul", "mul_", "multiply", "multiply_"}
 )
+_TENSOR = torch.empty(1, 1, dtype=torch.complex64, device="meta")
 _SPATIAL = ({-1, -2}, {2, 3})
 _POOLS = (nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d)
 _POOL_FUNCTIONS = {F.adaptive_avg_pool2d, F.adaptive_max_pool2d}
@@ -120,28 +106,22 @@ def pools_globally(node: fx.Node, modules: Modules) -> bool:
     module = called(node, modules)
     if module is not None:
         return any(isinstance(part, _POOLS) and _to_one(part.output_size) for part in module.modules())
-    if node.op not in ("call_function", "call_method"):
-        return False
+    given = arguments(node, modules) or {}
     if node.target in _POOL_FUNCTIONS:
-        return _to_one(_argument(node, 1, "output_size"))
+        return _to_one(given.get("output_size"))
     if node.target in _AVG_POOLS:  # over a window as large as the input, read off its shape
-        window = _argument(node, 1, "kernel_size")
+        window = given.get("kernel_size")
         return any(isinstance(part, fx.Node) for part in (window if isinstance(window, (list, tuple)) else [window]))
     if node.op == "call_method" and node.target in ("view", "reshape"):  # to (..., 1, 1), after a weighted sum over space
         return len(node.args) == 5 and node.args[-2:] == (1, 1)
     if node.target in _REDUCTIONS:
-        dims = _argument(node, 1, "dim")
+        dims, source = given.get("dim"), given.get("input")
         if isinstance(dims, (list, tuple)):
             return set(dims) in _SPATIAL
-        source = node.args[0] if node.args else None
         return (
             dims in (-1, 2) and isinstance(source, fx.Node) and source.target in ("view", "reshape", "flatten", torch.flatten)
         )
     return False
-
-
-def _argument(node: fx.Node, position: int, name: str) -> Any:
-    return node.args[position] if len(node.args) > position else node.kwargs.get(name)
 
 
 def _to_one(size: Any) -> bool:

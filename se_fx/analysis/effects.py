@@ -16,9 +16,8 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 
-from se_fx.analysis.calls import holds_hooks_or_convs, runs_pytorch
+from se_fx.analysis.calls import Modules, called, holds_hooks_or_convs, runs_pytorch
 from se_fx.analysis.channels import Values
-from se_fx.analysis.dataflow import Modules, called
 from se_fx.analysis.probing import observe
 
 __all__ = ["Effect", "Effects"]

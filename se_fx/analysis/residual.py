@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from se_fx.analysis.calls import Modules, arguments, called, modules_of
 from se_fx.analysis.channels import channels
-from se_fx.analysis.dataflow import ADDS, Modules, attention_convs, called, inserted, live, modules_of, pooled
+from se_fx.analysis.dataflow import ADDS, attention_convs, inserted, live, pooled
 
 __all__ = ["Unit", "activation_after", "is_nonlinear", "residual_units"]
 
@@ -50,8 +51,7 @@ def residual_units(graph: fx.Graph, root: nn.Module) -> Iterator[Unit]:
     sums of parallel convolutions, position encodings and broadcasts are none.
     """
     modules, data = modules_of(root), live(graph) & _used(graph)
-    adds = [node for node in graph.nodes if node.op in ("call_function", "call_method") and node.target in ADDS]
-    adds = [node for node in adds if node in data and len(_operands(node, data)) == 2]
+    adds = [node for node in graph.nodes if node in data and _adds(node, modules, data) and len(_operands(node, data)) == 2]
     if not adds:
         return
     attention, small = attention_convs(graph, root), pooled(graph, modules)
@@ -81,6 +81,16 @@ def residual_units(graph: fx.Graph, root: nn.Module) -> Iterator[Unit]:
         if is_unit and not _is_scaled_by_attention(end, small, data):
             assert width is not None
             yield Unit(start, end, operands[1 - longer], add, branch, names[longer][-1], width, widths.get(start))
+
+
+def _adds(node: fx.Node, modules: Modules, data: set[fx.Node]) -> bool:
+    """Whether a node adds two values, one of them scaled, perhaps."""
+    if node.op not in ("call_function", "call_method"):
+        return False
+    if node.target in ADDS:
+        return True
+    given = (arguments(node, modules) or {}) if node.target in (torch.addcmul, "addcmul", "addcmul_") else {}
+    return given.get("input") in data and given["input"] not in (given["tensor1"], given["tensor2"])
 
 
 def _operands(add: fx.Node, data: set[fx.Node]) -> list[fx.Node]:

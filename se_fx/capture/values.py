@@ -76,6 +76,20 @@ class _Strict:
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         raise self.tracer.refuse("copies a value with copy.deepcopy")
 
+    def __setitem__(self, key: Any, value: Any) -> None:
+        self.tracer.create_proxy("call_function", operator.setitem, (self, key, value), {})
+
+
+def _in_place(name: str) -> Callable[[_Strict, Any], Any]:
+    def operate(self: _Strict, other: Any) -> Any:
+        return self.tracer.create_proxy("call_function", getattr(operator, name), (self, other), {})
+
+    return operate
+
+
+for _name in ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "iand", "ior", "ixor", "imatmul"):
+    setattr(_Strict, f"__{_name}__", _in_place(_name))  # fx records `y += 1` as `y + 1`
+
 
 class _Attribute(_Strict, fx.proxy.Attribute):
     """A traced value's attribute."""
@@ -96,19 +110,6 @@ class Value(_Strict, fx.Proxy):
             return super().keys
         raise self.tracer.refuse("asks for the keys of a value")
 
-    def __setitem__(self, key: Any, value: Any) -> None:
-        self.tracer.create_proxy("call_function", operator.setitem, (self, key, value), {})
-
-
-def _in_place(name: str) -> Callable[[Value, Any], Any]:
-    def operate(self: Value, other: Any) -> Any:
-        return self.tracer.create_proxy("call_function", getattr(operator, name), (self, other), {})
-
-    return operate
-
-
-for _name in ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "iand", "ior", "ixor", "imatmul"):
-    setattr(Value, f"__{_name}__", _in_place(_name))  # fx records `y += 1` as `y + 1`
 
 TRACED |= {Value, _Attribute}
 _SHAPES = frozenset({"shape", "size", "dim", "ndim", "numel", "stride", "requires_grad", "is_leaf", "__hash__", "__len__"})

@@ -114,7 +114,8 @@ def _optimized(captured: Capture, rewrites: dict[str, Rewrite], example_inputs: 
         changes = [change for path, algebra in algebras.items() for change in _rewritten(rewrite, algebra, path)]
         saved = None
         if cost is not None:
-            after = measure(_assembled(base, views, exported=exported), example_inputs).total
+            is_changed = any(change.applied for change in changes)
+            after = measure(_assembled(base, views, exported=exported), example_inputs).total if is_changed else cost
             saved, cost = cost - after, after
         steps.append(Step(name, tuple(changes), saved))
     optimized = _assembled(base, views, exported=exported)

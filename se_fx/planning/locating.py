@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import fx, nn
 
-from se_fx.analysis import modules_of
+from se_fx.analysis import modules_of, name_results
 from se_fx.capture import Capture, Region
 from se_fx.errors import SqueezeExciteError, blaming, shown
 from se_fx.placement import ELSEWHERE, PLACEMENTS, Policy, Spot
@@ -45,6 +45,8 @@ def places_of(capture: Capture, policy: Policy) -> dict[str, Place]:
             if policy is PLACEMENTS["conv"]:
                 found[region.path] = Place(region, region.module.out_channels, {})
             continue
+        for graph in dict.fromkeys(region.graphs.values()):
+            name_results(graph, region.module)
         by_graph = {graph: list(_checked(policy, graph, region.module)) for graph in dict.fromkeys(region.graphs.values())}
         spots: dict[str, dict[bool, Spot]] = {}
         for training, graph in region.graphs.items():

@@ -6,7 +6,7 @@ import copy
 import types
 import weakref
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NoReturn
 
 from torch import fx, nn
 
@@ -92,13 +92,13 @@ class Rewritten:
             super().__delattr__(name)
 
     def __prepare_scriptable__(self) -> nn.Module:
-        """What `torch.jit.script` compiles: a region's graph.
+        """What `torch.jit.script` compiles: a region's graph, that of the mode it can be run in if there is but one.
 
         Raises:
             SqueezeExciteError: the graphs of the modes differ, or there are none.
         """
         module: nn.Module = self  # type: ignore[assignment]
-        graphs = set(self.__dict__.get("_graphs", {}).values())
+        graphs = {graph for graph in self.__dict__.get("_graphs", {}).values() if not _refuses(graph)}
         if len(graphs) != 1:
             raise SqueezeExciteError(
                 f"{self._own_class.__name__} can't be scripted: "
@@ -166,6 +166,11 @@ def _take_over(module: Any, name: str, new: Any) -> None:
         new.__dict__.update(_excited_by=list(blocks), _hosting=True)
         module.__dict__["_holding"][name] = new
         give_class(new, type(new))
+
+
+def _refuses(graph: fx.Graph) -> bool:
+    """Whether a graph calls what never returns."""
+    return any(getattr(node.target, "__annotations__", {}).get("return") in (NoReturn, "NoReturn") for node in graph.nodes)
 
 
 def _unpickled(own: type[nn.Module], as_graph_module: bool) -> nn.Module:

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from se_fx.analysis import ADDS, PRODUCTS, Effects, Values, arguments, called, is_plain, modules_of
+from se_fx.analysis import ADDS, PRODUCTS, Effects, Values, arguments, called, is_plain, modules_of, name_results
 from se_fx.rewrites.evaluation import Evaluation
 from se_fx.rewrites.products import VectorLinear
 from se_fx.rewrites.terms import Affine, Scale, affine, exact, is_pointwise, pointwise, with_parameters
@@ -33,16 +33,19 @@ class Algebra:
         vectors: the shape behind the batch of what holds a vector for each sample.
         effects: what running the nodes does, besides.
         evaluation: what the nodes make of given tensors.
+        batched: maps that are (N, C, H, W) and never (C, H, W), since norms yield them that take no other, or did.
     """
 
     def __init__(self, module: fx.GraphModule, *, exported: bool = False) -> None:
         self.module, self.graph, self.exported = module, module.graph, exported
+        name_results(module.graph, module)
         self.modules = dict(modules_of(module))
         self.values = Values(module.graph, module)
         self.effects = Effects(module, self.modules, self.values)
         self.evaluation = Evaluation(module, self.effects)
         self.vectors = self.values.vectors
         self.maps = {node: width for node, width in self.values.maps.items() if node not in self.vectors}
+        self.batched = {node for node in self.maps if _takes_batches_only(called(node, self.modules))}
 
     def given(self, node: fx.Node) -> dict[str, Any]:
         """The arguments of a call by name; nothing where they can't be told."""
@@ -128,12 +131,11 @@ class Algebra:
         return None
 
     def _is_batched(self, value: fx.Node) -> bool:
-        """Whether a map is certainly (N, C, H, W), never (C, H, W): it comes from a norm, which takes no other."""
+        """Whether a map is certainly (N, C, H, W), never (C, H, W): it comes from one that is."""
         seen, open_ends = {value}, [value]
         while open_ends:
             node = open_ends.pop()
-            module = called(node, self.modules)
-            if type(module) is nn.BatchNorm2d and is_plain(module):
+            if node in self.batched:
                 return True
             new = [source for source in node.all_input_nodes if source in self.maps and source not in seen]
             seen.update(new)
@@ -225,8 +227,12 @@ class Algebra:
         return value if self.vectors.get(value, ())[1:] == (1, 1) else None
 
     def gate_nodes(self) -> set[fx.Node]:
-        """All vectors that gates are computed from, gates included."""
+        """All vectors that gates are computed from, gates included: those that maps are scaled by, and those added to maps."""
         open_ends: list[Any] = [scale.gate for scale in self.scales()]
+        for node in self.graph.nodes:
+            operands = self._operands(node) if node.target in ADDS and node in self.maps else ()
+            if any(isinstance(each, fx.Node) and each in self.maps and each not in self.vectors for each in operands):
+                open_ends += map(self.gate, operands)
         open_ends += [self.gate(self.given(node).get("tensor2")) for node in self.graph.nodes if node.target is torch.addcmul]
         found: set[fx.Node] = set()
         while open_ends:
@@ -257,3 +263,7 @@ class Algebra:
         nodes = tuple(operand for operand in dict.fromkeys(operands) if isinstance(operand, fx.Node))
         types = {self.dtype(each) for each in (node, *nodes)}
         return nodes if len(nodes) == 2 and len(types) == 1 and None not in types else ()
+
+
+def _takes_batches_only(module: nn.Module | None) -> bool:
+    return type(module) is nn.BatchNorm2d and is_plain(module)

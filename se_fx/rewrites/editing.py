@@ -86,6 +86,8 @@ def replace(algebra: Algebra, old: fx.Node, new: fx.Node) -> None:
         algebra.maps.setdefault(new, algebra.maps[old])
     if old in algebra.vectors:
         algebra.vectors.setdefault(new, algebra.vectors[old])
+    if old in algebra.batched:
+        algebra.batched.add(new)
     if "size" in old.meta:
         new.meta.setdefault("size", old.meta["size"])
     old.replace_all_uses_with(new)

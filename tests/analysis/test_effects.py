@@ -196,6 +196,8 @@ def test_arguments_of_functions_modules_and_what_is_left_out() -> None:
     assert arguments(node, {}) == {"input": value, "tensor1": value, "tensor2": value, "value": 2}
     _, value, node = effects(lambda x: F.adaptive_avg_pool2d(output_size=1, input=x))
     assert arguments(node, {}) == {"input": value, "output_size": 1}
+    _, value, node = effects(lambda x: F.max_pool2d(x, stride=1, kernel_size=2))
+    assert arguments(node, {}).items() >= {"input": value, "kernel_size": 2, "stride": 1}.items()
     _, value, node = effects(CONV)
     assert arguments(node, {"conv": CONV, "call": CONV}) == {"input": value}
     _, value, node = effects(lambda x: x.shape)

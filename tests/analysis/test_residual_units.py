@@ -139,6 +139,7 @@ NO_UNITS = {
     "parallel convs": lambda m, x: F.relu(m.norm(m.a(x)) + m.other(m.b(x))),
     "two branches": lambda m, x: m.b(F.relu(m.a(x))) + F.relu(m.down(x)),
     "coupling": lambda m, x: (lambda h: h[0] + m.b(F.relu(m.a(torch.cat([h[1], h[1]], 1))))[:, :4])(x.chunk(2, 1)),
+    "product of both": lambda m, x: torch.addcmul(m.position, x, m.b(F.relu(m.a(x)))),
     "twice itself": lambda m, x: x + x,
     "branch read by others": lambda m, x: (lambda y: torch.cat([y, m.b(F.relu(y)) + x], 1))(m.a(x)),
     "branch returned too": lambda m, x: (lambda y: (y, m.b(F.relu(y)) + x))(m.a(x)),

@@ -371,3 +371,49 @@ def test_adaptive_instance_norm() -> None:
     result = se_fx.transform(model, min_channels=1, latent_channels=2, init="identity")
     for x in (X, X * 2 + 1):
         assert torch.equal(result(x), model(x))
+
+
+# --------------------------------------------------------------------------------------- attributes that are views of values
+def data_is_added_to(self, x):
+    y = self.conv(x)
+    data = y.data
+    data += 1
+    return y * 2
+
+
+def data_is_set(self, x):
+    y = self.conv(x)
+    y.data[:, 0] = 0.5
+    return y * 2
+
+
+def real_part_is_scaled(self, x):
+    y = self.conv(x)
+    part = y.real
+    part *= 3
+    return y + 1
+
+
+def transposed_is_added_to(self, x):
+    y = self.conv(x)
+    turned = y.mT
+    turned -= 2
+    return y.relu()
+
+
+def size_grows(self, x):
+    size = x.shape[2:]
+    size += (1,)
+    return self.conv(x) * len(size)
+
+
+@pytest.mark.parametrize(
+    "body", [data_is_added_to, data_is_set, real_part_is_scaled, transposed_is_added_to, size_grows], ids=lambda f: f.__name__
+)
+def test_what_is_changed_by_an_attribute_is_changed(body: Callable[..., Any]) -> None:
+    model = Outer(inner=body).eval()
+    rewritten = se_fx.transform(model, min_channels=1, init="identity").eval()
+    for x in (X, X[..., :3]):
+        with torch.no_grad():
+            assert torch.equal(rewritten(x), model(x))
+            torch.testing.assert_close(se_fx.optimize_for_inference(model)(x), model(x))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -39,10 +40,15 @@ class Program(nn.Module):
             nn.Dropout(0.5),
             nn.ReLU(inplace=True),
         )
-        self.band = nn.Conv1d(1, 1, 3, padding=1)
+        self.band, self.line = nn.Conv1d(1, 1, 3, padding=1), nn.Conv1d(WIDE, WIDE, 1)
+        self.padded, self.mask, self.idle = nn.Conv2d(WIDE, 3, 1, padding=1), nn.Conv2d(WIDE, 1, 1), nn.Identity()
+        self.replaced, self.replaced_norm = nn.Conv2d(WIDE, WIDE, 1), nn.BatchNorm2d(WIDE)
+        for module in (self.replaced, self.replaced_norm):  # as accelerate does
+            module.forward = functools.partial(doubled, module.forward)
         self.register_buffer("order", torch.randperm(WIDE))
         self.register_buffer("each", torch.rand(WIDE, 1, 1) + 0.5)
         self.register_buffer("every", torch.rand(1, WIDE, 1, 1) + 0.5)
+        self.register_buffer("exact", torch.rand(WIDE, 1, 1, dtype=torch.float64) + 0.5)  # whatever the model's type
         nn.init.zeros_(self.zero.weight)
 
     def forward(self, x: Tensor) -> list[Tensor]:
@@ -94,6 +100,10 @@ def to_narrow(function: Callable[[Program, Tensor, Tensor], Any]) -> Callable[[P
         net.maps.append(function(net, net.narrow[-1], net.gate(j)))
 
     return step
+
+
+def doubled(forward: Callable[[Tensor], Tensor], input: Tensor) -> Tensor:
+    return forward(input) * 2
 
 
 def mlp(net: Program, v: Tensor) -> Tensor:
@@ -167,6 +177,26 @@ MAPS = {
     "detached": to_maps(lambda net, x, y, g: x.detach()),
     "clone": to_maps(lambda net, x, y, g: x.clone()),
     "flipped": to_maps(lambda net, x, y, g: x.flip(1)),
+    "in another order": to_maps(lambda net, x, y, g: x[:, net.order]),
+    "conv that is replaced": to_maps(lambda net, x, y, g: net.replaced(x)),
+    "norm that is replaced": to_maps(lambda net, x, y, g: net.replaced_norm(x)),
+    "branches": to_maps(lambda net, x, y, g: net.same(x) + net.grouped(x)),
+    "scaled into itself": to_maps(lambda net, x, y, g: torch.mul(x, g, out=x)),
+    "addcmul in place": to_maps(lambda net, x, y, g: y.addcmul_(tensor2=g, tensor1=x)),
+    "addcmul of each": to_maps(lambda net, x, y, g: torch.addcmul(y, net.norms[2](net.same(x)), net.every)),
+    "residual of each": to_maps(lambda net, x, y, g: y + net.each * net.norms[2](net.same(x))),
+    "gate added in place": to_maps(lambda net, x, y, g: x.add_(g)),
+    "gates multiplied and added": to_maps(lambda net, x, y, g: x * g + g),
+    "factor of a wide type": to_maps(lambda net, x, y, g: (x * net.exact).to(y.dtype)),
+    "summand of a wide type": to_maps(lambda net, x, y, g: net.norms[1](net.same(x) + net.exact.type_as(x)) + net.exact),
+    "scaled by a wide gate": to_maps(lambda net, x, y, g: x * g.double()),
+    "scaled by a narrow gate": to_maps(lambda net, x, y, g: x * g.bfloat16()),
+    "scaled and rounded": to_maps(lambda net, x, y, g: (x * g).bfloat16().to(dtype=x.dtype)),
+    "idle": to_maps(lambda net, x, y, g: net.idle(x)),
+    "noisy": to_maps(lambda net, x, y, g: x * torch.rand(x.shape[0], 1, 1, 1, dtype=x.dtype)),
+    "noisy, floored": to_maps(lambda net, x, y, g: x.div(0.8) * (0.8 + x.new_empty(x.shape[0], 1, 1, 1).uniform_()).floor()),
+    "where": to_maps(lambda net, x, y, g: torch.where(x > 0, x, y)),
+    "scaled by number": to_maps(lambda net, x, y, g: 0.5 * x * g),
 }
 GATES = {
     "gate": to_gates(lambda net, x, g: mlp(net, x.mean((2, 3)))),
@@ -191,6 +221,18 @@ GATES = {
     "same gate": to_gates(lambda net, x, g: g),
     "gate's square": to_gates(lambda net, x, g: g * g),
     "gate viewed": to_gates(lambda net, x, g: g.flatten(1).view(-1, WIDE, 1, 1)),
+    "gate by a padded conv": to_gates(lambda net, x, g: net.conv2(net.padded(net.pool(x))).mean((2, 3), keepdim=True)),
+    "gate of a line": to_gates(lambda net, x, g: net.line(net.flat(x).mean(-1, keepdim=True)).sigmoid()[..., None]),
+    "gate of context": to_gates(
+        lambda net, x, g: mlp(net, (x.flatten(2) @ net.mask(x).flatten(2).softmax(-1).transpose(1, 2)).squeeze(-1))
+    ),
+    "gate of square pools": to_gates(
+        lambda net, x, g: mlp(net, F.avg_pool2d(x, x.size(2), ceil_mode=True).flatten(2).mean(-1))
+    ),
+    "gate by views": to_gates(lambda net, x, g: net.conv2(net.conv1(x.mean(dim=(-1, -2)).view(x.size(0), -1, 1, 1)))),
+    "gate of a wide type": to_gates(lambda net, x, g: mlp(net, x.mean((2, 3), dtype=torch.float64).type_as(x))),
+    "gate by out": to_gates(lambda net, x, g: torch.sigmoid(mlp(net, torch.mean(x, (2, 3))), out=torch.empty_like(g))),
+    "gate of two": to_gates(lambda net, x, g: g + mlp(net, x.mean((2, 3)))),
     "of one sample": to_gates(lambda net, x, g: mlp(net, x.mean((2, 3)))[:1]),
 }
 EFFECTS = {
@@ -205,6 +247,23 @@ EFFECTS = {
     "ravelled and changed": does(lambda net, x, y, g: x.ravel().mul_(0.5)),
     "written by out": does(lambda net, x, y, g: torch.add(x, 1, out=x)),
     "data changed": does(lambda net, x, y, g: x.data.mul_(0.5)),
+    "unary plus changed": does(lambda net, x, y, g: (+x).mul_(0.5)),
+    "contiguous changed": does(lambda net, x, y, g: x.contiguous().mul_(0.5)),
+    "moved and changed": does(lambda net, x, y, g: x.movedim(1, -1).add_(0.5)),
+    "split and changed": does(lambda net, x, y, g: x.tensor_split(2, dim=1)[1].mul_(2)),
+    "einsum changed": does(lambda net, x, y, g: torch.einsum("nchw->nhwc", x).mul_(0.5)),
+    "dropped and changed": does(lambda net, x, y, g: net.drop(x).mul_(0.5)),
+    "idle and changed": does(lambda net, x, y, g: net.idle(x).mul_(0.5)),
+    "cast and changed": does(lambda net, x, y, g: x.to(torch.float64).mul_(0.5)),
+    "of the type and changed": does(lambda net, x, y, g: x.type_as(y).mul_(0.5)),
+    "reshaped and changed": does(lambda net, x, y, g: x.reshape(x.size(0), -1).mul_(0.5)),
+    "base of a view changed": does(lambda net, x, y, g: (net.maps.append(x.flatten(2).unflatten(2, x.shape[2:])), x.mul_(0.5))),
+    "part added to": does(lambda net, x, y, g: x[:, :2].__iadd__(1)),
+    "copied": does(lambda net, x, y, g: x.copy_(y)),
+    "swapped in": does(lambda net, x, y, g: x.index_copy_(1, net.order, y)),
+    "data added to": does(lambda net, x, y, g: add_in_place(x.data, y)),
+    "data set": does(lambda net, x, y, g: x.data.__setitem__((slice(None), 0), 0.25)),
+    "real part scaled": does(lambda net, x, y, g: scale_in_place(x.real, g)),
     "gate changed": does(lambda net, x, y, g: g.add_(1)),
     "gate's view changed": does(lambda net, x, y, g: g.flatten(1).mul_(0.5)),
     "gate squashed": does(lambda net, x, y, g: g.sigmoid_()),

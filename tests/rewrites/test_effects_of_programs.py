@@ -26,6 +26,10 @@ KINDS = {
         [("scaled", 0, 0), ("view changed", 1, 0), ("added", 0, 1)],
         [("swapped", 0, 0), ("scaled", 0, 0), ("flat view changed", 2, 0), ("norm", 0, 0)],
         [("wider", 0, 0), ("gate", 0, 0), ("narrow changed", 0, 0), ("scaled", 0, 0)],
+        [("wider", 0, 0), ("view changed", 0, 0), ("gate", 0, 0), ("scaled", 0, 0)],
+        [("wider", 0, 0), ("data added to", 0, 1), ("gate", 0, 0), ("scaled", 0, 0)],
+        [("conv", 0, 0), ("scaled", 0, 0), ("view changed", 1, 0), ("added", 0, 1), *[("relu", 0, 0)] * 3],
+        [("conv", 0, 0), ("scaled", 0, 0), ("gate's view changed", 0, 0), ("norm", 0, 0), *[("relu", 0, 0)] * 3],
     ],
     "effects erased": [
         [("scaled in place", 0, 0), ("another norm", 0, 0), ("added in place", 0, 0), ("expanded", 1, 0)],
@@ -150,14 +154,28 @@ def test_the_type_that_a_constant_gives_is_kept(shape: tuple[int, ...]) -> None:
 
     model = settled(Factor())
     fast = se_fx.optimize_for_inference(model)
-    # A batch of its own is nothing to put before a map that may have none.
-    assert outcomes(fast, "fold_norms") == [True] * (1 if len(shape) == 4 else 2)
+    assert outcomes(fast, "fold_norms") == [True, True]
     assert_same(fast(x := torch.randn(2, 3, 6, 5, dtype=torch.float64)), model(x))
     model = model.float()
     fast = se_fx.optimize_for_inference(model)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         found, expected = fast(x.float()), model(x.float())
     assert found.dtype == expected.dtype == torch.float32
+
+
+def test_a_batch_of_a_factor_is_nothing_to_put_before_a_map_that_may_have_none() -> None:
+    class Factor(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.factor = nn.Conv2d(3, 4, 1), nn.Conv2d(4, WIDE, 1), nn.Parameter(torch.rand(1, WIDE, 1, 1))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.b(self.a(x)) * self.factor
+
+    model = settled(Factor())
+    fast = se_fx.optimize_for_inference(model)
+    assert outcomes(fast, "fold_norms") == []
+    assert_same(fast(x := torch.randn(3, 6, 5, dtype=torch.float64)), model(x))
 
 
 @pytest.mark.parametrize("norm_first", [True, False])

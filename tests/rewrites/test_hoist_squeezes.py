@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from excited import NARROW, STYLES, WIDE, Excited, assert_same, images, outcomes, settled
-from torch import nn
+from torch import Tensor, nn
 
 import se_fx
 from se_fx.rewrites.products import VectorLinear
@@ -95,3 +95,19 @@ def test_eca_is_hoisted_where_the_image_is_large_enough() -> None:
         assert outcomes(fast, "hoist_squeezes") == [hoisted]
         assert_same(fast(x), model(x))
     assert outcomes(se_fx.optimize_for_inference(model), "hoist_squeezes") == [False]
+
+
+def test_gates_that_are_added_are_hoisted_too() -> None:
+    class Added(Excited):
+        def forward(self, x: Tensor) -> Tensor:
+            for module in self.before:
+                x = module(x)
+            return x + self.gate(x)
+
+    before = [nn.Conv2d(NARROW, NARROW, 1), nn.Conv2d(NARROW, WIDE, 1), nn.BatchNorm2d(WIDE)]
+    for style in ("linear", "conv2d"):
+        model = settled(Added(before, style))
+        fast = se_fx.optimize_for_inference(model)
+        assert outcomes(fast, "hoist_squeezes") == [True]
+        assert outcomes(fast, "vector_products") == [True, True]
+        assert_same(fast(x := images()), model(x))
