@@ -99,10 +99,12 @@ class Seats:
         step: fx.Node | Call = value
         returned = value if self.returned[call] is value else self._past_identities(value)
         while self.returned[call] is returned and not any(self._within(user, call) for user in returned.users):
-            if own_class(self.region.module.get_submodule(call.path)) is nn.Sequential:
+            module = self.region.module.get_submodule(call.path)
+            if own_class(module) is nn.Sequential:
                 break  # people take these apart, and the block is to go with what it scales
             if call.caller is None:
-                return (call, call, None) if self.region.path else (call, step, None)
+                can_scale = self.region.path and not hooked(module) and not isinstance(module, fx.GraphModule)
+                return call, (call if can_scale else step), None
             step, call = call, call.caller
         return call, step, None
 
