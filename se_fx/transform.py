@@ -95,7 +95,7 @@ def transform(
 
     >>> net = nn.Sequential(nn.Conv2d(3, 256, 3), nn.ReLU())
     >>> [key for key in transform(net).state_dict() if key not in net.state_dict()]
-    ['squeeze_excite.0._extra_state', 'squeeze_excite.0.fc1.weight', 'squeeze_excite.0.fc2.weight']
+    ['squeeze_excite.of_0._extra_state', 'squeeze_excite.of_0.fc1.weight', 'squeeze_excite.of_0.fc2.weight']
     """
     options = Options.given(
         min_channels=min_channels,
