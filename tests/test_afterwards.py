@@ -59,7 +59,7 @@ def network() -> Network:
     model = Network().eval()
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
-            nn.init.uniform_(module.running_mean)
+            nn.init.uniform_(module.running_mean, -0.1, 0.1)
             nn.init.uniform_(module.running_var, 0.5, 2)
             nn.init.uniform_(module.weight, 0.5, 2)
     return model
@@ -364,3 +364,51 @@ def test_a_part_that_scales_what_it_returns_is_rewritten_by_itself(
     if again is transformed:
         more.strength = part.strength = 2.0  # its graph stands back
         assert torch.equal(more(y), part(y))
+
+
+class Adapter(nn.Module):
+    """Adds to what a conv returns, and may be merged into it."""
+
+    def __init__(self, base: nn.Conv2d) -> None:
+        super().__init__()
+        self.base, self.more = base, nn.Conv2d(base.in_channels, base.out_channels, base.kernel_size, padding=base.padding)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.base(x) + self.more(x)
+
+    def merged(self) -> nn.Conv2d:
+        with torch.no_grad():
+            self.base.weight += self.more.weight
+            self.base.bias += self.more.bias
+        return self.base
+
+
+@BOTH
+def test_an_adapter_around_a_conv_is_scaled_with_it_and_merged_into_it(insert: Callable[..., nn.Module]) -> None:
+    model = network()
+    full = insert(copy.deepcopy(model))
+    before, block = full(X), se_fx.blocks_of(full)["stages.0.conv1"]
+    full.stages[0].conv1 = adapter = Adapter(full.stages[0].conv1)
+    y = full.stem(X)
+    scaled = adapter(y)
+    plain = model.stages[0].conv1(y) + adapter.more(y)
+    assert torch.equal(scaled, block(plain))
+    adapted = full(X)
+    assert not torch.equal(adapted, before)
+    full.stages[0].conv1 = adapter.merged()
+    torch.testing.assert_close(full(X), adapted, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("placement", ["norm", "residual"])
+@BOTH
+def test_norms_that_are_converted_keep_their_blocks(insert: Callable[..., nn.Module], placement: str) -> None:
+    full = insert(network(), placement=placement)
+    expected = full(X)
+    converted = nn.SyncBatchNorm.convert_sync_batchnorm(full)
+    assert sum(isinstance(module, nn.SyncBatchNorm) for module in converted.modules()) == 5
+    assert torch.equal(converted(X), expected)
+    for name, module in converted.stages[0]._modules.items():  # past all that would notice
+        if isinstance(module, nn.SyncBatchNorm):
+            converted.stages[0]._modules[name] = nn.Identity()
+    with pytest.raises(se_fx.SqueezeExciteError, match=r"Unit: norm\d was replaced"):
+        converted(X)

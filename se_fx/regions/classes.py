@@ -163,9 +163,13 @@ def _plain_view(module: nn.Module, graph: fx.Graph) -> fx.GraphModule:
 def _take_over(module: Any, name: str, new: Any) -> None:
     blocks = inherited(module, name, new)
     if blocks is not None:
-        new.__dict__.update(_excited_by=list(blocks), _hosting=True)
+        old = module.__dict__["_holding"][name]
+        new.__dict__.update(_excited_by=blocks, _hosting=True)
         module.__dict__["_holding"][name] = new
-        give_class(new, type(new))
+        give_class(new, new._own_class if isinstance(new, Rewritten) else type(new))
+        if old in set(new.modules()):  # it goes on being called
+            del old.__dict__["_excited_by"]
+            give_class(old, old._own_class)
 
 
 def _refuses(graph: fx.Graph) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import nn
+from torch import fx, nn
 
 from se_fx.errors import SqueezeExciteError
 
@@ -26,7 +26,7 @@ def refuse_surgery(module: Any) -> None:
             )
     for conv_name, norm_name, had_bias, kind in module.__dict__.get("_between", ()):
         conv, norm = _child(module, conv_name), _child(module, norm_name)
-        gained = conv is not None and (conv._parameters.get("bias") is not None) is not had_bias
+        gained = conv is not None and not had_bias and conv._parameters.get("bias") is not None
         if norm is None or gained or (type(norm) is not kind and "norm" not in type(norm).__name__.lower()):
             raise SqueezeExciteError(
                 f"{norm_name} was folded into {conv_name}, or replaced, and a Squeeze-and-Excitation block stands between: "
@@ -52,16 +52,19 @@ def _lost(module: Any, name: str, child: nn.Module) -> str:
 
 
 def inherited(module: Any, name: str, new: Any) -> list[Any] | None:
-    """The blocks of what stands under a name, if what replaces it is another of its kind, and scales what it returns as well.
+    """The blocks of what stands under a name, if what replaces it is to scale what it returns as well.
 
-    So norms are exchanged for synchronised ones, or convolutions for standardised ones.
+    It is another of its kind, as norms are exchanged for synchronised ones, or convolutions for standardised ones; or something
+    around it, as an adapter is, or that which was within.
     """
     old = module.__dict__.get("_holding", {}).get(name)
     if not isinstance(new, nn.Module) or old is None or old is new or module._modules.get(name) is not old:
         return None
     blocks: list[Any] | None = old.__dict__.get("_excited_by")
-    is_leaf = not old._modules and not new._modules and "_excited_by" not in new.__dict__
-    return blocks if is_leaf and _alike(old, new) else None
+    if not blocks or "_excited_by" in new.__dict__ or isinstance(new, fx.GraphModule):
+        return None
+    is_leaf = not old._modules and not new._modules
+    return blocks if (is_leaf and _alike(old, new)) or old in set(new.modules()) or new in set(old.modules()) else None
 
 
 def _alike(old: Any, new: Any) -> bool:
