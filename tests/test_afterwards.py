@@ -412,3 +412,11 @@ def test_norms_that_are_converted_keep_their_blocks(insert: Callable[..., nn.Mod
             converted.stages[0]._modules[name] = nn.Identity()
     with pytest.raises(se_fx.SqueezeExciteError, match=r"Unit: norm\d was replaced"):
         converted(X)
+
+
+@BOTH
+def test_another_class_for_what_scales_its_value_is_refused(insert: Callable[..., nn.Module]) -> None:
+    full = insert(network(), placement="norm")
+    full.stages[1].norm2.__class__ = nn.BatchNorm2d
+    with pytest.raises(se_fx.SqueezeExciteError, match=r"Unit: norm2 was given another class"):
+        full(X)

@@ -105,7 +105,7 @@ def compiled(model: nn.Module) -> nn.Module:
     return torch.compile(DistributedDataParallel(model), backend="aot_eager")
 
 
-class OnAnyDevice(nn.Module):
+class NormOnAnyDevice(nn.Module):
     """What SyncBatchNorm computes, which DDP takes on accelerators alone: statistics of all processes' samples."""
 
     def forward(self, x: Tensor) -> Tensor:
@@ -125,9 +125,12 @@ class OnAnyDevice(nn.Module):
 
 def synchronised(model: nn.Module) -> nn.Module:
     converted = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    for module in converted.modules():
+    for name, module in list(converted.named_modules()):
         if isinstance(module, nn.SyncBatchNorm):
-            module.__class__ = OnAnyDevice
+            norm = NormOnAnyDevice()
+            kept = ("_parameters", "_buffers", "eps", "momentum", "training")
+            norm.__dict__.update({attribute: module.__dict__[attribute] for attribute in kept})
+            converted.set_submodule(name, norm)
     return converted
 
 

@@ -18,7 +18,10 @@ def refuse_surgery(module: Any) -> None:
         SqueezeExciteError: names the module, and what to do instead.
     """
     for name, child in module.__dict__.get("_holding", {}).items():
-        if module._modules.get(name) is not child and (lost := _lost(module, name, child)):
+        lost = "" if module._modules.get(name) is child else _lost(module, name, child)
+        if "_excited_by" in child.__dict__ and not hasattr(type(child), "_own_class"):
+            lost = "given another class"
+        if lost:
             raise SqueezeExciteError(
                 f"{module._own_class.__name__}: {name} was {lost}, and with it Squeeze-and-Excitation blocks that stand "
                 "there, as happens where convolutions and norms are folded. Use a placement outside of what is folded, such as "
