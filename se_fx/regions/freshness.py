@@ -47,15 +47,16 @@ def fixed_children(module: nn.Module, graphs: Iterable[fx.Graph]) -> Iterator[tu
     """The modules in a region, with what holds each, that its graphs don't call by the only name that they have."""
     called = {str(node.target) for graph in graphs for node in graph.nodes if node.op in ("call_module", "get_attr")}
     names = Counter(id(each) for _, each in module.named_modules(remove_duplicate=False))
-    outside: list[str] = []
-    for path, holder in module.named_modules(remove_duplicate=False):
-        if path in called or isinstance(holder, Inserted) or any(path.startswith(f"{outer}.") for outer in outside):
-            outside.append(path)
-            continue
-        prefix = f"{path}." if path else ""
+
+    def within(holder: nn.Module, prefix: str) -> Iterator[tuple[nn.Module, str, nn.Module | None]]:
         for name, child in holder._modules.items():
-            if f"{prefix}{name}" not in called or names[id(child)] > 1:
+            is_called = f"{prefix}{name}" in called
+            if not is_called or names[id(child)] > 1:
                 yield holder, name, child
+            if child is not None and not is_called and not isinstance(child, Inserted):
+                yield from within(child, f"{prefix}{name}.")
+
+    return within(module, "")
 
 
 def is_fresh(module: Any) -> bool:
