@@ -420,3 +420,55 @@ def test_another_class_for_what_scales_its_value_is_refused(insert: Callable[...
     full.stages[1].norm2.__class__ = nn.BatchNorm2d
     with pytest.raises(se_fx.SqueezeExciteError, match=r"Unit: norm2 was given another class"):
         full(X)
+
+
+class Stated(nn.Module):
+    """Adds by a statement whose result nobody reads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.conv2 = nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 8, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv2(F.relu(self.conv1(x)))
+        y.add_(x)
+        return y
+
+
+class Around(nn.Module):
+    """Adds by a statement to what another module has returned, and hands that on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.unit, self.body, self.head = nn.Conv2d(3, 8, 1), Stated(), Branch(), Head()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.unit(self.stem(x))
+        y = self.body(x)
+        y.add_(x)
+        return self.head(y)
+
+
+class Branch(nn.Sequential):
+    def __init__(self) -> None:
+        super().__init__(nn.Conv2d(8, 8, 1), nn.ReLU(), nn.Conv2d(8, 8, 1))
+
+
+class Head(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(8, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x)
+
+
+@pytest.mark.parametrize("placement", ["post", "residual", "pre", "identity", "conv"])
+def test_statements_in_the_code_of_hosts(placement: str) -> None:
+    model = Around().eval()
+    graph, code = (insert(model, placement=placement, seed=1) for insert in (transformed, applied))
+    expected = graph(X)
+    assert not torch.equal(expected, model(X))
+    assert torch.equal(code(X), expected)
+    graph.unit.register_forward_hook(lambda module, args, output: None)  # its code runs
+    assert torch.equal(graph(X), expected)

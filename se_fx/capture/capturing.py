@@ -59,13 +59,7 @@ class Region:
 
     def entered(self) -> tuple[str, ...]:
         """The names in it of the modules whose code is in its graphs, its own, which is empty, first."""
-        names: dict[str, None] = {}
-        open_ends = list(self.calls.values())
-        while open_ends:
-            call = open_ends.pop()
-            names[call.path] = None
-            open_ends += [step for step in call.steps if isinstance(step, Call)]
-        return tuple(sorted(names))
+        return tuple(sorted({call.path for root in self.calls.values() for call in root.all()}))
 
     def qualified(self, name: str) -> str:
         """The name in the model of what is called `name` in the region."""

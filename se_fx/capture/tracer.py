@@ -10,7 +10,7 @@ from __future__ import annotations
 import collections
 import re
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -43,7 +43,7 @@ class Call:
         args: what it was given by position.
         kwargs: what it was given by name.
         steps: what its code did, in order: operators and calls of other modules, as nodes; calls of those looked into.
-        returned: what it returned; None for the root's own.
+        returned: what it returned.
     """
 
     path: str
@@ -52,6 +52,38 @@ class Call:
     kwargs: dict[str, Any] = field(default_factory=dict)
     steps: list[fx.Node | Call] = field(default_factory=list)
     returned: Any = None
+
+    def all(self) -> Iterator[Call]:
+        """This call, and those within it."""
+        yield self
+        for step in self.steps:
+            if isinstance(step, Call):
+                yield from step.all()
+
+    def rename(self, value: fx.Node, statement: fx.Node, since: bool = False) -> bool:
+        """Have calls take and return a statement's node for the value that it changes in place, from there on.
+
+        Args:
+            value: what was read before.
+            statement: what is read for it after it has run.
+            since: whether it has run before this call.
+
+        Returns:
+            Whether it has run by the end of this call.
+        """
+
+        def renamed(node: fx.Node) -> fx.Node:
+            return statement if node is value else node
+
+        for step in self.steps:
+            if isinstance(step, Call):
+                if since:
+                    step.args, step.kwargs = fx.node.map_arg((step.args, step.kwargs), renamed)
+                since = step.rename(value, statement, since)
+            since = since or step is statement
+        if since:
+            self.returned = fx.node.map_arg(self.returned, renamed)
+        return since
 
 
 class Tracer(fx.Tracer):
@@ -253,6 +285,7 @@ class Tracer(fx.Tracer):
             self._ambient = ambient()
             with watched(self):
                 graph = super().trace(root, concrete_args)
+        self.calls.returned = graph.output_node().args[0]
         if self.refused:
             raise fx.proxy.TraceError(self.refused)
         if hidden := _hidden_by_arguments(graph):

@@ -47,7 +47,7 @@ def host_graphs(region: Region, path: str) -> HostGraphs | None:
     try:
         for training, flat in (region.graphs or {}).items():
             if flat not in known:
-                derived = [_Derived(region, flat, call) for call in _calls_of(path, region.calls[flat])]
+                derived = [_Derived(region, flat, call) for call in region.calls[flat].all() if call.path == path]
                 if not derived or any(each.lines() != derived[0].lines() for each in derived):
                     return None
                 known[flat] = derived[0]
@@ -57,11 +57,6 @@ def host_graphs(region: Region, path: str) -> HostGraphs | None:
     except _Unknown:
         return None
     return host
-
-
-def _calls_of(path: str, call: Call) -> list[Call]:
-    own = [call] if call.path == path else []
-    return own + [found for step in call.steps if isinstance(step, Call) for found in _calls_of(path, step)]
 
 
 class _Unknown(Exception):
@@ -82,8 +77,7 @@ class _Derived:
         self.inputs = self._inputs(flat)
         for step in call.steps:
             self.steps.append(self._inner_call(step) if isinstance(step, Call) else self._step(step))
-        returned = next(node for node in flat.nodes if node.op == "output").args[0] if call.caller is None else call.returned
-        self.graph.output(self._given(returned))
+        self.graph.output(self._given(call.returned))
 
     def lines(self) -> list[Any]:
         """What the graph does; equal for graphs that do the same."""

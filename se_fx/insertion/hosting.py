@@ -52,19 +52,15 @@ class Seats:
         self.owners: dict[fx.Node, Call] = {}
         self.calls: dict[str, list[fx.Node | Call]] = {}  # all calls of a module, whether looked into or not
         self.step: dict[fx.Node | Call, int] = {}
-        self.returned: dict[Call, Any] = {}
         for graph in set((region.graphs or {}).values()):
             if graph in region.calls:
-                call = region.calls[graph]
-                self.returned[call] = next(node for node in graph.nodes if node.op == "output").args[0]
-                self.calls.setdefault("", []).append(call)
-                self._note(call)
+                self.calls.setdefault("", []).append(region.calls[graph])
+                self._note(region.calls[graph])
 
     def _note(self, call: Call) -> None:
         for number, step in enumerate(call.steps):
             self.step[step] = number
             if isinstance(step, Call):
-                self.returned[step] = step.returned
                 self.calls.setdefault(step.path, []).append(step)
                 self._note(step)
                 continue
@@ -97,8 +93,8 @@ class Seats:
         if call is None:
             return None
         step: fx.Node | Call = value
-        returned = value if self.returned[call] is value else self._past_identities(value)
-        while self.returned[call] is returned and not any(self._within(user, call) for user in returned.users):
+        returned = value if call.returned is value else self._past_identities(value)
+        while call.returned is returned and not any(self._within(user, call) for user in returned.users):
             module = self.region.module.get_submodule(call.path)
             if own_class(module) is nn.Sequential:
                 break  # people take these apart, and the block is to go with what it scales
@@ -142,7 +138,7 @@ class Seats:
         if own is not None and self._is_in(own, call):
             inside: fx.Node | Call = value
             while own is not call:
-                if self.returned[own] is not value or own.caller is None:
+                if own.returned is not value or own.caller is None:
                     return None
                 inside, own = own, own.caller
             return call, inside, chosen

@@ -46,7 +46,8 @@ def places_of(capture: Capture, policy: Policy) -> dict[str, Place]:
                 found[region.path] = Place(region, region.module.out_channels, {})
             continue
         for graph in dict.fromkeys(region.graphs.values()):
-            name_results(graph, region.module)
+            for value, statement in name_results(graph, region.module):
+                region.calls[graph].rename(value, statement)
         by_graph = {graph: list(_checked(policy, graph, region.module)) for graph in dict.fromkeys(region.graphs.values())}
         spots: dict[str, dict[bool, Spot]] = {}
         for training, graph in region.graphs.items():
