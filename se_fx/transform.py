@@ -313,8 +313,7 @@ def apply_squeeze_excite(
             insertions = choice.insertions(made_on)
         insert_in_place(captured, insertions)
         give_plan(model, choice.after)
-        paths = {name: path for name, path in block_names(model).items() if name in choice.places and name in choice.convs}
-        new = {site.name for site in choice.plan.sites}
+        new, paths = {site.name for site in choice.plan.sites}, block_names(model)
         owners = [(path, choice.convs[name], model.get_submodule(path)) for name, path in paths.items() if name in new]
         join = Joining(chosen_optimizers, owners)
         try:

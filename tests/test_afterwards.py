@@ -14,6 +14,7 @@ from torch import Tensor, fx, nn
 from torch.func import functional_call, stack_module_state
 from torch.fx.experimental.optimization import fuse
 from torchvision.models._utils import IntermediateLayerGetter
+from trained import settled
 
 import se_fx
 
@@ -56,13 +57,7 @@ class Network(nn.Module):
 
 
 def network() -> Network:
-    model = Network().eval()
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            nn.init.uniform_(module.running_mean, -0.1, 0.1)
-            nn.init.uniform_(module.running_var, 0.5, 2)
-            nn.init.uniform_(module.weight, 0.5, 2)
-    return model
+    return settled(Network())
 
 
 def transformed(model: nn.Module, **options) -> nn.Module:

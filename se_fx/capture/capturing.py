@@ -22,9 +22,9 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _NormBase
 
+from se_fx.capture.calls import Call
 from se_fx.capture.plain import check_plain, closed_parts, is_conv
 from se_fx.capture.randomness import random_state, set_random_state
-from se_fx.capture.tracer import Call
 from se_fx.capture.tracing import Tracing, Untraceable
 from se_fx.regions import Inserted, clone, restore_code
 

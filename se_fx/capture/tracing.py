@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from se_fx.capture.calls import Call
 from se_fx.capture.randomness import random_state
 from se_fx.capture.snapshot import Snapshot
-from se_fx.capture.tracer import DRAWS, Call, Tracer
+from se_fx.capture.tracer import DRAWS, Tracer
 from se_fx.capture.values import WRITES
 from se_fx.errors import reason_of
 from se_fx.regions import constants_of, hooked

@@ -208,13 +208,12 @@ class _Furnished:
         assert region.graphs is not None
         add_constants(module, region.constants)
         edited: dict[fx.Graph, fx.Graph] = {}
-        within = [
-            each for each in self.insertions if self.seats.get(each.name, Seat("")).returns != ""
-        ]  # the graph, not behind it
+        # What scales the value of the region's own call isn't in the region's graph, but behind it.
+        within = [each for each in self.insertions if self.seats.get(each.name, Seat("")).returns != ""]
+        by_themselves = {seat.returns for seat in self.seats.values()}
         for training, graph in region.graphs.items():
             if graph not in edited:
                 blocks = [(self.targets[e.name], e.block, e.spots[training]) for e in within if training in e.spots]
-                by_themselves = {seat.returns for seat in self.seats.values()}
                 edited[graph] = _with_blocks(module, graph, blocks, by_themselves)
         graphs = {training: edited[graph] for training, graph in region.graphs.items()}
         run_graphs(module, graphs, as_graph_module=not region.path, entered=region.entered(), replaceable=not self.homeless)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import operator
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NoReturn
@@ -126,7 +125,7 @@ def _optimized(captured: Capture, rewrites: dict[str, Rewrite], example_inputs: 
 
 def _rewritten(rewrite: Rewrite, algebra: Algebra, path: str) -> list[Change]:
     """Apply one rewrite to one region, in place; places are named as in the model."""
-    changes = [dataclasses.replace(change, place=f"{path}.{change.place}".lstrip(".")) for change in rewrite(algebra)]
+    changes = [change.within(path) for change in rewrite(algebra)]
     algebra.graph.lint()
     return changes
 

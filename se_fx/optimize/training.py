@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import operator
 from collections.abc import Iterable
@@ -102,7 +101,7 @@ def _optimized(captured: Capture, rewrites: dict[str, TrainingRewrite], example_
     for name, rewrite in rewrites.items():
         changes = []
         for path, keeping in keepings.items():
-            found = [dataclasses.replace(each, place=f"{path}.{each.place}".lstrip(".")) for each in rewrite(keeping)]
+            found = [each.within(path) for each in rewrite(keeping)]
             keeping.graph.lint()
             changed |= {path} if any(each.applied for each in found) else set()
             changes += found

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from torch import fx, nn
 
@@ -20,20 +20,21 @@ def conv(graph: fx.Graph, root: nn.Module) -> Iterator[Spot]:
 
 def norm(graph: fx.Graph, root: nn.Module) -> Iterator[Spot]:
     """After the normalisation that follows each Conv2d, so that the two still fuse for inference."""
-    modules = modules_of(root)
-    for module, nodes in _conv_calls(graph, modules).items():
-        norms = [_norm_after(node, modules) for node in nodes]
-        if all(node is not None for node in norms):
-            yield Spot(str(nodes[0].target), module.out_channels, tuple(node for node in norms if node is not None))
+    yield from _behind(graph, root, _norm_after)
 
 
 def activation(graph: fx.Graph, root: nn.Module) -> Iterator[Spot]:
     """After the activation that follows each Conv2d, or its norm: EfficientNet's place, outside of what is fused or folded."""
+    yield from _behind(graph, root, _activation_after)
+
+
+def _behind(graph: fx.Graph, root: nn.Module, after: Callable[[fx.Node, Modules], fx.Node | None]) -> Iterator[Spot]:
+    """After what follows each call of a Conv2d, where each has such."""
     modules = modules_of(root)
     for module, nodes in _conv_calls(graph, modules).items():
-        activations = [_activation_after(node, modules) for node in nodes]
-        if all(node is not None for node in activations):
-            yield Spot(str(nodes[0].target), module.out_channels, tuple(node for node in activations if node is not None))
+        found = [value for node in nodes if (value := after(node, modules)) is not None]
+        if len(found) == len(nodes):
+            yield Spot(str(nodes[0].target), module.out_channels, tuple(found))
 
 
 def _conv_calls(graph: fx.Graph, modules: Modules) -> dict[nn.Conv2d, list[fx.Node]]:

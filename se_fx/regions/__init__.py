@@ -6,7 +6,7 @@ Knows nothing of how graphs are made, nor of Squeeze-and-Excitation.
 from se_fx.regions.classes import GraphRegion
 from se_fx.regions.cloning import clone
 from se_fx.regions.forwards import EXCITE, UNSCALED
-from se_fx.regions.freshness import Watched, watch
+from se_fx.regions.freshness import Watched, hooked, watch
 from se_fx.regions.running import (
     add_constants,
     constants_of,
@@ -14,7 +14,6 @@ from se_fx.regions.running import (
     excite,
     excitement,
     graphs_of,
-    hooked,
     own_class,
     reserve_names,
     restore_code,

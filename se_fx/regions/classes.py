@@ -13,7 +13,6 @@ from torch import fx, nn
 from se_fx.errors import SqueezeExciteError
 from se_fx.regions.forwards import (
     EXCITE,
-    INNER,
     UNSCALED,
     Forward,
     Forwards,
@@ -23,21 +22,15 @@ from se_fx.regions.forwards import (
     is_leaf,
     leads_to,
 )
+from se_fx.regions.freshness import INNER
 from se_fx.regions.sequences import Sequence
 from se_fx.regions.surgery import inherited
 
 __all__ = ["ATTRIBUTES", "OF_HOSTS", "GraphRegion", "Rewritten", "give_class", "overrides_module_methods"]
 
-#: The attributes in which a rewritten module keeps what it runs; see `se_fx.regions.running`.
-OF_HOSTS = (
-    "_host_graphs",
-    "_host_watched",
-    "_excited_by",
-    "_between",
-    "_holding",
-    "_length",
-    "_hosting",
-)  # and of what is around them
+#: The attributes of a host, of what scales its values, and of what is around these.
+OF_HOSTS = ("_host_graphs", "_host_watched", "_excited_by", "_between", "_holding", "_length", "_hosting")
+#: All in which a rewritten module keeps what it runs; see `se_fx.regions.running`.
 ATTRIBUTES = (
     *("_graphs", "_watched", "_children", "_hosts", "_leaves", "_replaceable", "_modes_differ", "_edited"),  # of a region
     *OF_HOSTS,

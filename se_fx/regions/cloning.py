@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from se_fx.regions.forwards import held_by
 from se_fx.regions.running import is_region
 
 __all__ = ["clone"]
@@ -104,7 +105,7 @@ def _carry_function(value: types.FunctionType, memo: dict[int, Any]) -> Any:
         return memo[id(value)]
     memo[id(value)] = value  # for those that refer to themselves
     cells = value.__closure__ or ()
-    contents = [cell.cell_contents for cell in cells if _is_filled(cell)]
+    contents = held_by(value)
     inner = [_carry(each, memo) if type(each) in _CODE else memo.get(id(each), each) for each in contents]
     defaults = [memo.get(id(default), default) for default in value.__defaults__ or ()]
     before = (*contents, *(value.__defaults__ or ()))
@@ -117,14 +118,6 @@ def _carry_function(value: types.FunctionType, memo: dict[int, Any]) -> Any:
     copied.__dict__.update(value.__dict__)
     copied.__qualname__ = value.__qualname__
     return copied
-
-
-def _is_filled(cell: types.CellType) -> bool:
-    try:
-        cell.cell_contents  # noqa: B018
-    except ValueError:
-        return False
-    return True
 
 
 def _carry_partial(value: functools.partial[Any], memo: dict[int, Any]) -> Any:

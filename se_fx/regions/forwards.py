@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import types
 from collections.abc import Callable, Mapping
@@ -9,10 +10,21 @@ from typing import Any
 
 from torch import fx, nn
 
-from se_fx.regions.freshness import is_fresh, refuse_stale
+from se_fx.regions.freshness import INNER, is_fresh, refuse_stale
 from se_fx.regions.surgery import refuse_surgery
 
-__all__ = ["EXCITE", "INNER", "UNSCALED", "Forward", "Forwards", "by_mode", "forward_of", "functions_of", "is_leaf", "leads_to"]
+__all__ = [
+    "EXCITE",
+    "UNSCALED",
+    "Forward",
+    "Forwards",
+    "by_mode",
+    "forward_of",
+    "functions_of",
+    "held_by",
+    "is_leaf",
+    "leads_to",
+]
 
 Forward = Callable[..., Any]
 Forwards = Mapping[bool, Forward]  # by `training`
@@ -21,8 +33,6 @@ Forwards = Mapping[bool, Forward]  # by `training`
 EXCITE = "excite"
 #: The method that is `forward` without the blocks that scale what it returns.
 UNSCALED = "_forward_unscaled"
-#: The attribute that holds what somebody has set as `forward` since.
-INNER = "_inner_forward"
 
 
 def functions_of(graphs: Mapping[bool, fx.Graph] | None) -> dict[bool, Forward] | None:
@@ -65,7 +75,7 @@ def forward_of(own: Any, region: Forwards | None, host: Forwards | None, *, exci
     def code(self: Any, *args: Any, **kwargs: Any) -> Any:
         refuse_surgery(self)
         if in_host is not None and "_host_graphs" in self.__dict__:
-            refuse_stale(self, "_host_watched")
+            refuse_stale(self)
             return in_host(self, *args, **kwargs)
         if INNER in self.__dict__:
             return self.__dict__[INNER](*args, **kwargs)
@@ -123,14 +133,15 @@ def leads_to(value: Any, forward: Forward) -> bool:
             continue
         seen.add(id(function))
         open_ends += [getattr(function, name, None) for name in ("__wrapped__", "_torchdynamo_orig_callable", "func")]
-        open_ends += [cell.cell_contents for cell in getattr(function, "__closure__", None) or () if _is_filled(cell)]
+        open_ends += held_by(function)
         open_ends += [*(getattr(function, "__defaults__", None) or ()), *(getattr(function, "args", None) or ())]
     return False
 
 
-def _is_filled(cell: types.CellType) -> bool:
-    try:
-        cell.cell_contents  # noqa: B018
-    except ValueError:
-        return False
-    return True
+def held_by(function: Any) -> list[Any]:
+    """What the closure of a function holds, as far as that is filled."""
+    found = []
+    for cell in getattr(function, "__closure__", None) or ():
+        with contextlib.suppress(ValueError):
+            found.append(cell.cell_contents)
+    return found

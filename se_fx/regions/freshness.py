@@ -17,7 +17,7 @@ from se_fx.errors import SqueezeExciteError
 from se_fx.regions.sequences import Inserted
 from se_fx.regions.surgery import refuse_surgery
 
-__all__ = ["Watched", "fixed_children", "is_fresh", "refuse_stale", "watch"]
+__all__ = ["INNER", "Watched", "fixed_children", "hooked", "is_fresh", "refuse_stale", "watch"]
 
 #: Modules, the names they are known by, and what their code may have read: values, and what these hold. Built-in types alone,
 #: so that those of a copied model are about the copy's modules.
@@ -27,7 +27,8 @@ _ABSENT = inspect.Parameter.empty  # of attributes that a class has, and the ins
 _MODULES = frozenset({"training", "call_super_init", "dump_patches"})  # what every module has
 _ATOMS = frozenset({bool, int, float, complex, str, bytes, type(None)})
 _NOT_USERS = sys.stdlib_module_names | {"torch", "numpy"}
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+#: The attribute that holds what somebody has set as `forward` since.
+INNER = "_inner_forward"
 _DEPTH = 3  # of objects in objects that are looked into
 
 
@@ -59,6 +60,12 @@ def fixed_children(module: nn.Module, graphs: Iterable[fx.Graph]) -> Iterator[tu
     return within(module, "")
 
 
+def hooked(module: nn.Module) -> bool:
+    """Whether calling a module does more than run its forward: it has forward or backward hooks."""
+    names = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return any(module.__dict__.get(name) for name in names)
+
+
 def is_fresh(module: Any) -> bool:
     """Whether a region's graphs are what its code does; if they aren't, and the code can't run in their place, this raises.
 
@@ -81,16 +88,16 @@ def is_fresh(module: Any) -> bool:
 
 def _change(module: Any) -> str | None:
     """What has changed since a region was traced, in words."""
-    if "_inner_forward" in module.__dict__:
+    if INNER in module.__dict__:
         return "its forward was set"
     changed = change_in(module._watched)
     if changed is not None or torch.compiler.is_compiling():  # what compiles doesn't look at hooks either
         return changed
     for name, inner, _ in module._watched[1:]:  # the first is the region's own
         state = inner.__dict__
-        if any(map(state.get, _HOOKS)):
+        if hooked(inner):
             return f"hooks were registered on {name}"
-        if "forward" in state or "_inner_forward" in state:
+        if "forward" in state or INNER in state:
             return f"{name}.forward was set"
         if inner.training is not module.training and module._modes_differ:
             return f"{name} was put into another mode"
@@ -100,7 +107,7 @@ def _change(module: Any) -> str | None:
 def _exchanged(module: Any) -> str | None:
     for holder, name in module._leaves:
         leaf = holder._modules.get(name)
-        if leaf is None or any(map(leaf.__dict__.get, _HOOKS)):
+        if leaf is None or hooked(leaf):
             return f"hooks were registered on {name}, whose value a block scales"
     for parent, name, child in module._children:
         if parent._modules.get(name) is not child:
@@ -108,13 +115,13 @@ def _exchanged(module: Any) -> str | None:
     return None
 
 
-def refuse_stale(module: Any, watched: str) -> None:
+def refuse_stale(module: Any) -> None:
     """Raise where what a host's graphs have read was changed.
 
     Raises:
         SqueezeExciteError: names the attribute.
     """
-    change = change_in(module.__dict__[watched])
+    change = change_in(module._host_watched)
     if change is not None:
         raise SqueezeExciteError(
             f"{module._own_class.__name__}: since Squeeze-and-Excitation blocks were put into its code, {change}; the graph "

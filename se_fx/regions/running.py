@@ -18,7 +18,7 @@ from typing import Any, cast
 from torch import Tensor, fx, nn
 
 from se_fx.regions.classes import ATTRIBUTES, OF_HOSTS, GraphRegion, Rewritten, give_class, overrides_module_methods
-from se_fx.regions.freshness import Watched, fixed_children, watch
+from se_fx.regions.freshness import INNER, Watched, fixed_children, hooked, watch
 
 __all__ = [
     "add_constants",
@@ -27,7 +27,6 @@ __all__ = [
     "excite",
     "excitement",
     "graphs_of",
-    "hooked",
     "is_region",
     "own_class",
     "reserve_names",
@@ -93,12 +92,6 @@ def excitement(module: nn.Module) -> list[tuple[nn.Module, str]]:
 def own_class(module: nn.Module) -> type[nn.Module]:
     """The class `module` had before it ran anything else than its code, or has, where it doesn't."""
     return module._own_class if isinstance(module, Rewritten) and hasattr(module, "_own_class") else type(module)
-
-
-def hooked(module: nn.Module) -> bool:
-    """Whether calling a module does more than run its forward: it has forward or backward hooks."""
-    names = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    return any(module.__dict__.get(name) for name in names)
 
 
 # ------------------------------------------------------------------------------------------------------- what a module runs
@@ -211,7 +204,7 @@ def restore_code(module: nn.Module, *, hosts: bool = True) -> None:
     module.__class__ = own  # type: ignore[assignment]
     for name in constants_of(module):
         delattr(module, name)
-    for name in ("_constants", "_inner_forward"):
+    for name in ("_constants", INNER):
         state.pop(name, None)
     if isinstance(module, fx.GraphModule):
         state["_graph"] = own_graph

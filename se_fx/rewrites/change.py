@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -25,6 +26,10 @@ class Change:
     place: str
     applied: bool
     detail: str
+
+    def within(self, path: str) -> Change:
+        """The same, of the region at `path`: the place named as in the model."""
+        return dataclasses.replace(self, place=f"{path}.{self.place}".lstrip("."))
 
 
 #: Edits the graph, and tells what it did where.

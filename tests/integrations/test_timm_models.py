@@ -12,6 +12,7 @@ from timm.optim import param_groups_layer_decay
 from timm.utils import ModelEmaV3
 from timm.utils.model import reparameterize_model
 from torch import nn
+from trained import settled
 
 import se_fx
 
@@ -21,13 +22,7 @@ NETWORKS = ["resnet18", "efficientnet_b0", "convnext_atto", "regnety_002", "mobi
 
 
 def network(name: str, **options) -> nn.Module:
-    model = timm.create_model(name, **options).eval()
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            nn.init.uniform_(module.running_mean, -0.1, 0.1)
-            nn.init.uniform_(module.running_var, 0.5, 2)
-            nn.init.uniform_(module.weight, 0.5, 1.5)
-    return model
+    return settled(timm.create_model(name, **options))
 
 
 def trained(model: nn.Module) -> nn.Module:
