@@ -106,7 +106,7 @@ def in_place(case: Case) -> Pairs:
     """`apply_squeeze_excite` keeps class, keys and Parameter objects; each new parameter is in one group of one optimizer."""
     model = case.recipe.network()
     parameters, keys = list(model.parameters()), model.state_dict().keys()
-    tensors = model.state_dict(keep_vars=True)
+    tensors = {key: tensor for key, tensor in model.state_dict(keep_vars=True).items() if not key.endswith("_extra_state")}
     half = len(parameters) // 2 or 1
     optimizers = [torch.optim.SGD(parameters[:half], 0.1, momentum=0.9), torch.optim.AdamW(parameters[half:] or parameters[:0])]
     for _ in range(2):  # the second time, nothing more

@@ -1,7 +1,7 @@
 """What engines and quantizers of others make of a network, as it is and optimised: pieces, nodes, quantized convolutions.
 
     pip install -e '.[examples,onnx,exporters]'
-    python examples/benchmarks/exporters.py seresnet18
+    python examples/benchmarks/exporters.py seresnet18 torchvision/resnet18
 
 Each row is one engine; what isn't installed, or raises, says so. Every result is compared with the network's.
 """
@@ -9,6 +9,7 @@ Each row is one engine; what isn't installed, or raises, says so. Every result i
 from __future__ import annotations
 
 import argparse
+import copy
 import tempfile
 import warnings
 from collections.abc import Callable
@@ -17,6 +18,7 @@ from typing import Any
 
 import timm
 import torch
+import torchvision
 from tabulate import tabulate
 from torch import Tensor, nn
 
@@ -85,18 +87,47 @@ def torchscript(model: nn.Module, expected: Tensor) -> str:
     return f"scripted, {off(torch.jit.script(model)(X), expected)}"
 
 
-def pt2e(model: nn.Module, expected: Tensor) -> str:
-    from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
+def xnnpack_int8(model: nn.Module, expected: Tensor) -> str:
     from torchao.testing.pt2e._xnnpack_quantizer import XNNPACKQuantizer, get_symmetric_quantization_config
 
-    quantizer = XNNPACKQuantizer().set_global(get_symmetric_quantization_config(is_per_channel=True))
+    return pt2e(model, expected, XNNPACKQuantizer().set_global(get_symmetric_quantization_config(is_per_channel=True)))
+
+
+def x86_int8(model: nn.Module, expected: Tensor) -> str:
+    from torchao.quantization.pt2e.quantizer.x86_inductor_quantizer import (
+        X86InductorQuantizer,
+        get_default_x86_inductor_quantization_config,
+    )
+
+    return pt2e(model, expected, X86InductorQuantizer().set_global(get_default_x86_inductor_quantization_config()))
+
+
+def pt2e(model: nn.Module, expected: Tensor, quantizer: Any) -> str:
+    from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
+
     prepared = prepare_pt2e(torch.export.export(model, (X,)).module(), quantizer)
     prepared(X)
     converted = convert_pt2e(prepared)
     convs = [node for node in converted.graph.nodes if "conv2d" in str(node.target)]
     quantized = sum("dequantize" in str(conv.args[0].target) for conv in convs)
-    noise = 10 * torch.log10(expected.square().sum() / (converted(X) - expected).square().sum())
-    return f"{quantized} of {len(convs)} convs, {float(noise):.1f} dB"
+    return f"{quantized} of {len(convs)} convs, {noise(converted(X), expected)}"
+
+
+def fx_int8(model: nn.Module, expected: Tensor) -> str:
+    from torch.ao.quantization import get_default_qconfig_mapping
+    from torch.ao.quantization.quantize_fx import convert_fx, prepare_fx
+
+    prepared = prepare_fx(copy.deepcopy(model), get_default_qconfig_mapping("x86"), (X,))
+    prepared(X)
+    converted = convert_fx(prepared)
+    quantized = sum(
+        "quantized" in type(module).__module__ and "conv" in str(type(module)).lower() for module in converted.modules()
+    )
+    return f"{quantized} convs, {noise(converted(X), expected)}"
+
+
+def noise(found: Tensor, expected: Tensor) -> str:
+    return f"{10 * float(torch.log10(expected.square().sum() / (found - expected).square().sum())):.1f} dB"
 
 
 ENGINES: dict[str, Callable[[nn.Module, Tensor], str]] = {
@@ -104,18 +135,21 @@ ENGINES: dict[str, Callable[[nn.Module, Tensor], str]] = {
     "ExecuTorch, XNNPACK": executorch,
     "Core ML": core_ml,
     "TorchScript": torchscript,
-    "PT2E int8, XNNPACK's quantizer": pt2e,
+    "PT2E int8, XNNPACK's quantizer": xnnpack_int8,
+    "PT2E int8, Inductor's quantizer for x86": x86_int8,
+    "prepare_fx, convert_fx": fx_int8,
 }
 
 
 @torch.no_grad()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("models", nargs="+", help="of timm")
+    parser.add_argument("models", nargs="+", help="of timm, or torchvision/ and a name of torchvision's")
     warnings.simplefilter("ignore")
     for name in parser.parse_args().models:
         torch.manual_seed(0)
-        model = settled(timm.create_model(name))
+        create = torchvision.models.get_model if name.startswith("torchvision/") else timm.create_model
+        model = settled(create(name.removeprefix("torchvision/")))
         versions = [model, *(se_fx.optimize_for_inference(model, target=target) for target in (None, "export"))]
         rows = []
         for engine, ask in ENGINES.items():

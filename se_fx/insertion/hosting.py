@@ -9,7 +9,7 @@ such call whose every call returns the value is asked first:
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Set
+from collections.abc import Iterator, Mapping, Set
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,6 +20,8 @@ from se_fx.placement import Spot
 from se_fx.regions import hooked, own_class
 
 __all__ = ["Seat", "Seats"]
+
+Place = tuple[Call, fx.Node | Call | str]  # a call, and what it has the value from: a step of its code, or an input by name
 
 
 @dataclass(frozen=True)
@@ -73,36 +75,43 @@ class Seats:
 
     def of(self, spots: Mapping[bool, Spot]) -> Seat | None:
         """The seat of a block; None where only the region's own graph can hold it."""
-        found: list[tuple[bool, Call, fx.Node | Call | str, frozenset[int] | None]] = []
+        ways: list[tuple[bool, frozenset[int] | None, list[Place]]] = []
         for training, spot in spots.items():
             for value in spot.nodes:
-                place = self._outermost(value) if spot.readers is None else self._parting(value, spot.readers)
-                if place is None:
+                parting = None if spot.readers is None else self._parting(value, spot.readers)
+                places = list(self._outwards(value))[::-1] if spot.readers is None else [parting[0]] if parting else []
+                if not places:
                     return None
-                found.append((training, *place))
-        hosts = {call.path for _, call, _, _ in found}
-        if len(hosts) != 1:
-            return None
-        (host,) = hosts
-        returns = self._returned_by({step for _, _, step, _ in found}) if all(each[3] is None for each in found) else None
-        return self._in_graph(host, found) if returns is None else Seat(host, returns)
+                ways.append((training, parting[1] if parting else None, places))
+        first = ways[0][2]
+        if all(chosen is None for _, chosen, _ in ways):
+            for path in dict.fromkeys(self._path(step) for _, step in first):
+                found = [place for _, _, places in ways for place in places if self._path(place[1]) == path]
+                hosts = {call.path for call, _ in found}
+                if path is None or len(found) != len(ways) or len(hosts) != 1:
+                    continue
+                if self._returns(path, {step for _, step in found}):
+                    return Seat(hosts.pop(), path)
+        seats = (self._in_graph(host, ways) for host in dict.fromkeys(call.path for call, _ in first))
+        return next((seat for seat in seats if seat is not None), None)
 
-    def _outermost(self, value: fx.Node) -> tuple[Call, fx.Node | Call | str, None] | None:
-        """The call that receives a value from the outermost call that returns it, at last the region's; and what gives it."""
+    def _outwards(self, value: fx.Node) -> Iterator[Place]:
+        """The calls that receive a value, and what each receives it from: what computes it, then calls that return it."""
         call = self.owners.get(value)
         if call is None:
-            return None
-        step: fx.Node | Call = value
+            return
+        yield call, value
         returned = value if call.returned is value else self._past_identities(value)
         while call.returned is returned and not any(self._within(user, call) for user in returned.users):
             module = self.region.module.get_submodule(call.path)
             if own_class(module) is nn.Sequential:
                 break  # people take these apart, and the block is to go with what it scales
             if call.caller is None:
-                can_scale = self.region.path and not hooked(module) and not isinstance(module, fx.GraphModule)
-                return call, (call if can_scale else step), None
+                if self.region.path and not hooked(module) and not isinstance(module, fx.GraphModule):
+                    yield call, call
+                break
             step, call = call, call.caller
-        return call, step, None
+            yield call, step
 
     def _past_identities(self, value: fx.Node) -> fx.Node:
         """What identities behind a value return, which is the same."""
@@ -114,7 +123,7 @@ class Seats:
             value = user
         return value
 
-    def _parting(self, value: fx.Node, readers: frozenset[fx.Node]) -> tuple[Call, fx.Node | Call | str, frozenset[int]] | None:
+    def _parting(self, value: fx.Node, readers: frozenset[fx.Node]) -> tuple[Place, frozenset[int]] | None:
         """The innermost call in which all readers read a value, those chosen in other steps than the others."""
         users = [user for user in value.users if user.op != "output"]
         ways = [self._way(user) for user in users if user in self.owners]
@@ -141,8 +150,8 @@ class Seats:
                 if own.returned is not value or own.caller is None:
                     return None
                 inside, own = own, own.caller
-            return call, inside, chosen
-        return (call, given[0], chosen) if len(given) == 1 else None
+            return (call, inside), chosen
+        return ((call, given[0]), chosen) if len(given) == 1 else None
 
     def _way(self, node: fx.Node) -> list[fx.Node | Call]:
         """The calls that lead to a node, outermost first, and the node."""
@@ -161,15 +170,13 @@ class Seats:
             inner = inner.caller
         return inner is outer
 
-    def _returned_by(self, steps: set[fx.Node | Call | str]) -> str | None:
-        """The module that returns the value, if each of its calls does so."""
-        paths = {self._path(step) for step in steps}
-        path = paths.pop()
-        if paths or path is None or set(self.calls[path]) != steps:
-            return None
+    def _returns(self, path: str, steps: set[fx.Node | Call | str]) -> bool:
+        """Whether a module can scale what it returns by itself: these are its calls, all of them."""
+        if set(self.calls[path]) != steps:
+            return False
         module = self.region.module.get_submodule(path)
         # Code that isn't in the region may call it; and its hooks are to see what it returns, unscaled.
-        return None if path in self.shared or hooked(module) or isinstance(module, fx.GraphModule) else path
+        return not (path in self.shared or hooked(module) or isinstance(module, fx.GraphModule))
 
     def _path(self, step: fx.Node | Call | str) -> str | None:
         """The module that a step calls."""
@@ -180,11 +187,18 @@ class Seats:
         excited: str | None = step.meta.get(EXCITED)
         return str(step.target) if excited is None and step.op == "call_module" else excited
 
-    def _in_graph(self, host: str, found: list[tuple[bool, Call, fx.Node | Call | str, frozenset[int] | None]]) -> Seat | None:
+    def _in_graph(self, host: str, ways: list[tuple[bool, frozenset[int] | None, list[Place]]]) -> Seat | None:
         """A seat in the host's graph, if the value is the same step of its code in each of its calls."""
         values: dict[bool, int | str] = {}
         readers: dict[bool, frozenset[int]] = {}
-        for training, _, step, chosen in found:
+        seen = set()
+        for training, chosen, places in ways:
+            for call, step in places:
+                if call.path == host and step is not call:
+                    break
+            else:
+                return None
+            seen.add(call)
             value = step if isinstance(step, str) else self.step[step]
             if values.setdefault(training, value) != value:
                 return None
@@ -193,7 +207,6 @@ class Seats:
         if isinstance(self.region.module.get_submodule(host), fx.GraphModule):  # whose class holds generated code
             return None
         every = self.calls.get(host, ()) if host else ()
-        seen = {call for _, call, _, _ in found}
         if any(call not in seen for call in every if isinstance(call, Call)):
             return None
         return Seat(host, None, values, readers or None)

@@ -81,6 +81,35 @@ def test_submodules_whose_methods_are_called_are_not_captured_whole() -> None:
     assert {"net.squeeze_excite.of_first.fc1.weight", "net.squeeze_excite.of_second.fc1.weight"} <= result.state_dict().keys()
 
 
+def test_a_conv_called_twice_by_the_root_of_a_region_scales_both_times() -> None:
+    """The second value is what the region returns, the first isn't; one seat serves both."""
+
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(4, 4, 3, padding=1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.conv(self.conv(x))
+
+    class Asks(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.part = Twice()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.part(x + 1 if x.sum() > 0 else x)
+
+    model, x = Asks().eval(), torch.randn(2, 4, 5, 5)
+    rewritten = se_fx.transform(model, min_channels=1, latent_channels=2)
+    (block,) = se_fx.blocks_of(rewritten).values()
+    conv = model.part.conv
+    with torch.no_grad():
+        inner = x + 1 if x.sum() > 0 else x
+        assert torch.equal(rewritten(x), block(conv(block(conv(inner)))))
+        assert not torch.equal(rewritten(x), model(x))
+
+
 def test_a_conv_called_from_two_regions_has_one_block_applied_once_a_call() -> None:
     class Half(nn.Module):
         def __init__(self, conv: nn.Conv2d) -> None:
