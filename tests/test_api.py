@@ -101,8 +101,8 @@ fold_gates(rewritten: nn.Module, profile: GateProfile, tolerance: float = 0.02, 
 measure_machine(device: torch.device | str = 'cpu', dtype: torch.dtype = torch.float32) -> Machine
 optimize_for_inference(model: nn.Module, example_inputs: Any = None, *, rewrites: Iterable[str] | None = None, target:
         str | None = None) -> nn.Module
-optimize_for_training(model: nn.Module, example_inputs: Any = None, *, rewrites: Iterable[str] | None = None) ->
-        nn.Module
+optimize_for_training(model: nn.Module, example_inputs: Any = None, *, exact: bool = True, rewrites: Iterable[str] |
+        None = None) -> nn.Module
 plan(model: nn.Module, *, example_inputs: Any = None, min_channels: int | str = 128, latent_channels: float = 64,
         placement: str | Policy = 'conv', init: str = 'default', bias: bool = False, activation: str | Function =
         'relu', gate: str | Function = 'sigmoid', block: str | BlockFactory | None = None, where: Where = None,

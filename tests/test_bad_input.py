@@ -276,8 +276,10 @@ ROWS: list[Row] = [
         "rewrites",
         (["recompute_product"], "did you mean 'recompute_products'"),
         *((value, "expected names in a list") for value in ("recompute_products", 3, True, nn.ReLU)),
-        *(([value], "expected some of 'recompute_activations'") for value in (3, None, [], nn.ReLU)),
+        *(([value], "expected some of 'moments'") for value in (3, None, [], nn.ReLU)),
+        (["moments"], "rewrites: 'moments' rounds in another way; pass exact=False"),
     ),
+    *rows("optimize_for_training", "exact", *((value, "exact=") for value in (1, None, "no", [], nn.ReLU))),
     *rows("optimize_for_inference", "target", *((value, "target=") for value in ("onnx", "", 3, True, nn.ReLU, ["export"]))),
     # benchmarks
     *rows(

@@ -11,9 +11,10 @@ import torch
 from torch import fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from se_fx.arguments import chosen_names
+from se_fx.arguments import check_flag, chosen_names
 from se_fx.capture import Capture, Region, capture, collector_paused
 from se_fx.cost import activation_bytes, as_call, measure
+from se_fx.errors import SqueezeExciteError
 from se_fx.regions import (
     EXCITE,
     GraphRegion,
@@ -28,6 +29,7 @@ from se_fx.regions import (
     view,
 )
 from se_fx.rewrites import (
+    ROUNDED,
     TRAINING_REWRITES,
     Keeping,
     Optimization,
@@ -43,12 +45,15 @@ from se_fx.rewrites import (
 __all__ = ["optimize_for_training"]
 
 
-def optimize_for_training(model: nn.Module, example_inputs: Any = None, *, rewrites: Iterable[str] | None = None) -> nn.Module:
+def optimize_for_training(
+    model: nn.Module, example_inputs: Any = None, *, exact: bool = True, rewrites: Iterable[str] | None = None
+) -> nn.Module:
     """A copy of `model` that keeps no feature map for Squeeze-and-Excitation in training. The model itself is left as it is.
 
     What the products with gates, and the layers after them, keep for the backward pass is computed again in it, from what the
     norms and activations before keep anyway. Works on se_fx's blocks and on those of others, recognised by what they compute.
-    Outputs and running statistics are the model's bit for bit; gradients are its up to rounding.
+    Outputs and running statistics are the model's bit for bit; gradients are its up to rounding. With ``exact=False``, what
+    `torch.compile` makes of the copy reads feature maps less often, too, and is the model's up to rounding.
 
     The copy has the same parameters and buffers, the very same objects, under the same keys: optimizers made for the model
     train it, and checkpoints of one load into the other. It runs in either mode, under autocast, in distributed training, with
@@ -56,6 +61,7 @@ def optimize_for_training(model: nn.Module, example_inputs: Any = None, *, rewri
 
     The rewrites, in their order (`se_fx.rewrites.TRAINING_REWRITES`):
 
+    - ``moments``: norm and squeeze in one pass over a map, in compiled code, if not ``exact``;
     - ``recompute_activations``: for what activations between a norm and a product with a gate keep;
     - ``recompute_products``: for what a product with a gate keeps of its map;
     - ``recompute_readers``: for what the convolution, norm or activation after it keeps.
@@ -66,7 +72,9 @@ def optimize_for_training(model: nn.Module, example_inputs: Any = None, *, rewri
         model: any module, not yet compiled, scripted or wrapped; in either mode.
         example_inputs: a tensor, a tuple of positional or a dict of keyword arguments. With them, the report counts the bytes
             that autograd keeps, before and after. Nothing is computed on them.
-        rewrites: names of the rewrites to apply; None for all.
+        exact: whether outputs are to stay bit for bit what they are. Only compiled code can be faster otherwise; called
+            without `torch.compile`, the copy computes the same either way.
+        rewrites: names of the rewrites to apply; None for all that are as `exact` as asked.
 
     Raises:
         SqueezeExciteError: an argument is not what is expected, or the model can't be called with `example_inputs`.
@@ -80,7 +88,12 @@ def optimize_for_training(model: nn.Module, example_inputs: Any = None, *, rewri
     2: is computed again from what 1 keeps, by 2
     2: is scaled again for 4
     """
+    check_flag("exact", exact)
     chosen = chosen_names("rewrites", rewrites, TRAINING_REWRITES)
+    rounded = [name for name in chosen if name in ROUNDED]
+    if exact and rewrites is not None and rounded:
+        raise SqueezeExciteError(f"rewrites: {rounded[0]!r} rounds in another way; pass exact=False")
+    chosen = [name for name in chosen if not exact or name not in ROUNDED]
     if example_inputs is not None:
         as_call(example_inputs)
     if isinstance(model, nn.Module) and optimization_of(model, "training") is not None:

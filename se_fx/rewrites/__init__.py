@@ -8,10 +8,11 @@ from se_fx.rewrites.algebra import Algebra
 from se_fx.rewrites.change import Change, Rewrite
 from se_fx.rewrites.inference import REWRITES
 from se_fx.rewrites.optimization import Optimization, Step, give_optimization, optimization_of
-from se_fx.rewrites.training import TRAINING_REWRITES, Keeping, Tail, TrainingRewrite, is_training_call, tail_of
+from se_fx.rewrites.training import ROUNDED, TRAINING_REWRITES, Keeping, Tail, TrainingRewrite, is_training_call, tail_of
 
 __all__ = [
     "REWRITES",
+    "ROUNDED",
     "TRAINING_REWRITES",
     "Algebra",
     "Change",

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.autograd import gradcheck, gradgradcheck
 
 import se_fx
-from se_fx.rewrites import TRAINING_REWRITES
+from se_fx.rewrites import ROUNDED, TRAINING_REWRITES
 
 X = torch.randn(3, CHANNELS, 6, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
 
@@ -38,7 +38,7 @@ def test_units(name: str, layout: torch.memory_format) -> None:
 @pytest.mark.parametrize("rewrite", TRAINING_REWRITES)
 @pytest.mark.parametrize("name", UNITS)
 def test_gradients_of_each_rewrite_alone(name: str, rewrite: str) -> None:
-    model, lean = optimized(UNITS[name][0](), rewrites=[rewrite])
+    model, lean = optimized(UNITS[name][0](), rewrites=[rewrite], exact=rewrite not in ROUNDED)
     assert kept_maps(copy.deepcopy(lean), X) <= kept_maps(copy.deepcopy(model), X)
     x = X[:2, :, :2, :3].clone().requires_grad_()
     tried = copy.deepcopy(lean)

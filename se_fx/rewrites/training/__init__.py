@@ -8,20 +8,25 @@ from collections.abc import Callable, Iterator
 
 from se_fx.rewrites.change import Change
 from se_fx.rewrites.training.keeping import Keeping
+from se_fx.rewrites.training.moments import moments
 from se_fx.rewrites.training.recompute_activations import recompute_activations
 from se_fx.rewrites.training.recompute_products import recompute_products
 from se_fx.rewrites.training.recompute_readers import recompute_readers
 from se_fx.rewrites.training.tails import Tail, tail_of
 from se_fx.rewrites.training.weaving import is_training_call
 
-__all__ = ["TRAINING_REWRITES", "Keeping", "Tail", "TrainingRewrite", "is_training_call", "tail_of"]
+__all__ = ["ROUNDED", "TRAINING_REWRITES", "Keeping", "Tail", "TrainingRewrite", "is_training_call", "tail_of"]
 
 #: Edits the graph, and tells what it did where.
 TrainingRewrite = Callable[[Keeping], Iterator[Change]]
 
 #: All rewrites for training by name, in the order they are applied in.
 TRAINING_REWRITES: dict[str, TrainingRewrite] = {
+    "moments": moments,
     "recompute_activations": recompute_activations,
     "recompute_products": recompute_products,
     "recompute_readers": recompute_readers,
 }
+
+#: Those that change how results are rounded.
+ROUNDED = frozenset({"moments"})

@@ -17,7 +17,18 @@ from torch.overrides import TorchFunctionMode
 from se_fx.regions import hooked
 from se_fx.rewrites.training.recipes import Recipe, Recomputed, is_kept
 
-__all__ = ["OutOfPlace", "activated", "held", "normalized", "product", "reading", "repeated", "scaled"]
+__all__ = [
+    "Callee",
+    "OutOfPlace",
+    "activated",
+    "held",
+    "module_or_function",
+    "normalized",
+    "product",
+    "reading",
+    "repeated",
+    "scaled",
+]
 
 Callee = nn.Module | str  # a module, or a function of PyTorch's by its qualified name
 
@@ -35,7 +46,7 @@ def normalized(
         *args: more arguments.
         **kwargs: more arguments.
     """
-    call = _called(norm)
+    call = module_or_function(norm)
     if torch.compiler.is_compiling() or not is_kept(value) or _is_hooked(norm):
         return call(value, *args, **kwargs), None
     watch = _Watch(value, recipe, tail)
@@ -119,7 +130,7 @@ def activated(
         *args: more arguments.
         **kwargs: more arguments.
     """
-    call = _called(callee)
+    call = module_or_function(callee)
     if recipe is None or again is None or not is_kept(value) or _is_hooked(callee):
         return call(value, *args, **kwargs)
     return _keeping_recipes(call, value, recipe, again, args, kwargs, how)
@@ -208,7 +219,7 @@ def repeated(callee: Callee, recipe: Recipe | None, *args: Any, **kwargs: Any) -
     """The recipe of what a module or function, which knows nothing but its input, gives for a value with one."""
     if recipe is None or _is_hooked(callee):
         return None
-    call = callee.forward if isinstance(callee, nn.Module) else _called(callee)
+    call = callee.forward if isinstance(callee, nn.Module) else module_or_function(callee)
     return Recipe(functools.partial(_applied, call, args, kwargs), recipe)
 
 
@@ -227,14 +238,15 @@ def product(value: Tensor, gate: Tensor, recipe: Recipe | None) -> Tensor:
 
 def reading(callee: Callee, value: Tensor, recipe: Recipe | None, *args: Any, **kwargs: Any) -> Any:
     """``callee(value)``, for which only the recipe of the value is kept, if there is one."""
-    call = _called(callee)
+    call = module_or_function(callee)
     if recipe is None or not is_kept(value):
         return call(value, *args, **kwargs)
     with Recomputed(value, recipe):
         return call(value, *args, **kwargs)
 
 
-def _called(callee: Callee) -> Any:
+def module_or_function(callee: Callee) -> Any:
+    """What a callee stands for."""
     if isinstance(callee, nn.Module):
         return callee
     found: Any = torch

@@ -138,6 +138,17 @@ class Keeping(Algebra):
             return known or self.tail(str(node.target)) is not None
         return node.op == "call_function" and node.target in (F.batch_norm, F.group_norm) and name_of(node) is not None
 
+    def is_all_of(self, norm: fx.Node) -> bool:
+        """Whether a norm's node does nothing to what it has normalised."""
+        tail = self.tail_of(norm)
+        return tail is None or not tail.names
+
+    def passed(self, node: fx.Node) -> fx.Node:
+        """What is behind the modules that return what they are given."""
+        while self._passes(node) and len(node.all_input_nodes) == 1:
+            (node,) = node.all_input_nodes
+        return node
+
     # ------------------------------------------------------------------------------------- from what maps could be made
     def _ways(self, scale: Scale) -> tuple[Way, Way]:
         """From what is kept anyway to a product's map, and from a norm."""

@@ -21,7 +21,7 @@ def recompute_products(keeping: Keeping) -> Iterator[Change]:
     """What a product with a gate keeps of its map is computed again from what the norm or activation before keeps."""
     for unit in keeping.units:
         place, known = place_of(unit.scale.value), unit.scale.value in keeping.woven.recipes
-        way = unit.from_norm if known else unit.way
+        way = unit.from_norm if known and unit.from_norm.source is not None else unit.way
         recipe = weave(keeping, unit, way)
         if recipe is None or way.source is None:
             yield Change(place, False, way.reason)

@@ -84,4 +84,5 @@ def names_of(nodes: tuple[fx.Node, ...]) -> str:
 
 def is_training_call(node: fx.Node) -> bool:
     """Whether a node is a call that rewrites for training have put in."""
-    return node.op == "call_function" and getattr(node.target, "__module__", "") == normalized.__module__
+    home = str(getattr(node.target, "__module__", ""))
+    return node.op == "call_function" and home.rpartition(".")[0] == normalized.__module__.rpartition(".")[0]
