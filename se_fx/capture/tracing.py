@@ -84,6 +84,7 @@ class Tracing:
             graphs = {training: self._trace(training) for training in self.modes}
             if len(self.opaque) == known:
                 break
+        self.calls = {graph: self.calls[graph] for graph in graphs.values()}
         if id(self.module) in self.snapshot.written:
             raise Untraceable(_WRITTEN, self.called)
         if self._depends_on_optional_arguments(graphs[False]):
@@ -127,8 +128,8 @@ class Tracing:
 
     def inlined(self) -> set[int]:
         """The ids of the modules whose code is in the graphs."""
-        named = ((name, module) for name, module in self.module.named_modules() if module in self.entered)
-        return {id(m) for name, m in named if not any(name == outer or name.startswith(outer + ".") for outer in self.opaque)}
+        paths = {call.path for root in self.calls.values() for call in root.all()}
+        return {id(self.module.get_submodule(path)) for path in paths} & set(map(id, self.entered))
 
     def _keep(self, made: dict[str, Tensor], graph: fx.Graph, mode: str) -> None:
         """Keep the constants of one trace, under another name where the other mode's trace made a different one."""

@@ -25,8 +25,9 @@ def activation_bytes(model: nn.Module, example_inputs: Any) -> int | None:
     kept: dict[int, Tensor] = {}
 
     def keep(tensor: Tensor) -> Tensor:
-        kept.setdefault(tensor.untyped_storage()._cdata, tensor)
-        return tensor
+        detached = tensor.detach()  # else a result that is kept would hold what keeps it, for ever
+        kept.setdefault(tensor.untyped_storage()._cdata, detached)
+        return detached
 
     try:
         with faked(model, as_call(example_inputs)) as (copied, (args, kwargs)):

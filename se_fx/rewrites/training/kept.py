@@ -44,7 +44,7 @@ def kept_by(node: fx.Node, modules: Modules, inputs: Mapping[fx.Node, Any]) -> K
 
     def keep(tensor: Tensor) -> Tensor:
         storages.add(tensor.untyped_storage()._cdata)
-        return tensor
+        return tensor.detach()  # else a result that is kept would hold what keeps it, for ever
 
     try:
         with torch.inference_mode(False), torch.enable_grad():
