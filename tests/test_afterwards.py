@@ -6,6 +6,7 @@ import copy
 import operator
 import pickle
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -467,3 +468,37 @@ def test_statements_in_the_code_of_hosts(placement: str) -> None:
     assert torch.equal(code(X), expected)
     graph.unit.register_forward_hook(lambda module, args, output: None)  # its code runs
     assert torch.equal(graph(X), expected)
+
+
+class Settings(nn.Module):
+    """Holds what others read: a module of its own, a plain one, a leaf, one that is called; or a tuple."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.conv, self.kind = nn.Conv2d(3, 8, 1), kind
+        holders = {"plain": nn.Module, "leaf": nn.ReLU, "with a conv": lambda: nn.Sequential(nn.Conv2d(8, 8, 1))}
+        self.held: Any = holders[kind]()
+        self.held.factor, self.held.sizes = 1.0, (1, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv(x)
+        y = y if self.kind == "plain" else self.held(y)
+        return y * self.held.factor + getattr(self.held, "sizes")[0]  # noqa: B009
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+@pytest.mark.parametrize("kind", ["plain", "leaf", "with a conv"])
+def test_attributes_of_other_modules_that_code_has_read(kind: str, in_place: bool) -> None:
+    """Settings in a module that the graph doesn't go through, or only calls."""
+    model = Settings(kind).eval()
+    options: Any = {"min_channels": 1, "latent_channels": 2, "init": "identity"}
+    result = copy.deepcopy(model)
+    if in_place:
+        se_fx.apply_squeeze_excite(result, **options)
+    else:
+        result = se_fx.transform(result, **options)
+    x = torch.randn(2, 3, 5, 5)
+    for name, value in (("factor", 3.0), ("sizes", (2, 2)), ("factor", 1.0)):
+        for each in (model, result):
+            setattr(each.held, name, value)
+        assert torch.equal(result(x), model(x))

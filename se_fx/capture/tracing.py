@@ -15,7 +15,7 @@ from se_fx.capture.snapshot import Snapshot
 from se_fx.capture.tracer import DRAWS, Tracer
 from se_fx.capture.values import WRITES
 from se_fx.errors import reason_of
-from se_fx.regions import constants_of, hooked
+from se_fx.regions import constants_of, hooked, own_class, reached, set_by, watch
 
 __all__ = ["Tracing", "Untraceable"]
 
@@ -94,8 +94,24 @@ class Tracing:
         read = {node.target for node in nodes if node.op == "get_attr"}
         self.opaque = {name: reason for name, reason in self.opaque.items() if name in called}
         self.constants = {name: constant for name, constant in self.constants.items() if name in read}
+        self._refuse_what_others_may_set(called)
         one = True not in graphs or _agree(graphs[True], graphs[False])
         return dict.fromkeys((True, False), graphs[False]) if one else graphs
+
+    def _refuse_what_others_may_set(self, called: Set[Any]) -> None:
+        """The code that a graph calls runs while the graph does, which knows what it has read by then as constants."""
+        kinds: list[tuple[str, nn.Module, Any]] = [(name, each, own_class(each)) for name, each in self.module.named_modules()]
+        opaque = {part for name in called for part in self.module.get_submodule(name).modules()}
+        may_set = {part: set_by(own, with_own=True) for _, part, own in kinds if part in opaque}
+        of_others = frozenset[str]().union(*(set_by(own) for _, part, own in kinds if part in opaque))
+        if not any(may_set.values()):
+            return
+        inner = [
+            (path, part, own_class(part)) for path, part in ((path, self.module.get_submodule(path)) for path in self._paths())
+        ]
+        for name, part, values in (*watch(inner), *reached(inner, kinds)):
+            for attribute in (of_others | may_set.get(part, frozenset())).intersection(values):
+                raise Untraceable(f"reads {f'{name}.{attribute}'.lstrip('.')}, which code in no graph may set", self.called)
 
     def _trace(self, training: bool, defaults: dict[str, Any] | None = None, watch: bool = False) -> fx.Graph:
         if "forward" in self.module.__dict__:
@@ -128,8 +144,10 @@ class Tracing:
 
     def inlined(self) -> set[int]:
         """The ids of the modules whose code is in the graphs."""
-        paths = {call.path for root in self.calls.values() for call in root.all()}
-        return {id(self.module.get_submodule(path)) for path in paths} & set(map(id, self.entered))
+        return {id(self.module.get_submodule(path)) for path in self._paths()} & set(map(id, self.entered))
+
+    def _paths(self) -> set[str]:
+        return {call.path for root in self.calls.values() for call in root.all()}
 
     def _keep(self, made: dict[str, Tensor], graph: fx.Graph, mode: str) -> None:
         """Keep the constants of one trace, under another name where the other mode's trace made a different one."""

@@ -29,7 +29,6 @@ from se_fx.regions import (
     run_host_graphs,
     run_own_code,
     view,
-    watch,
 )
 
 __all__ = ["Insertion", "insert", "insert_in_place", "undone_on_failure"]
@@ -200,7 +199,7 @@ class _Furnished:
                     blocks.append((target, each.block, Spot(each.name, 0, (value,), readers)))
             edited[graph] = _with_blocks(module, graph, blocks)
         by_mode = {training: edited[graph] for training, graph in known.graphs.items()}
-        run_host_graphs(module, by_mode, watch([("", module, own_class(module))]))
+        run_host_graphs(module, by_mode)
 
     def run_flat(self) -> None:
         """Have the region run the graphs of all its code."""

@@ -5,8 +5,9 @@ Knows nothing of how graphs are made, nor of Squeeze-and-Excitation.
 
 from se_fx.regions.classes import GraphRegion
 from se_fx.regions.cloning import clone
+from se_fx.regions.code import set_by
 from se_fx.regions.forwards import EXCITE, UNSCALED
-from se_fx.regions.freshness import Watched, hooked, watch
+from se_fx.regions.freshness import hooked, reached, watch
 from se_fx.regions.running import (
     add_constants,
     constants_of,
@@ -29,7 +30,6 @@ __all__ = [
     "UNSCALED",
     "GraphRegion",
     "Inserted",
-    "Watched",
     "add_constants",
     "clone",
     "constants_of",
@@ -39,11 +39,13 @@ __all__ = [
     "graphs_of",
     "hooked",
     "own_class",
+    "reached",
     "reserve_names",
     "restore_code",
     "run_graphs",
     "run_host_graphs",
     "run_own_code",
+    "set_by",
     "view",
     "watch",
 ]

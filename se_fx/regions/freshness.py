@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-import functools
 import inspect
 import sys
 import types
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Set
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
 from se_fx.errors import SqueezeExciteError
+from se_fx.regions.code import asked_of_others, words
 from se_fx.regions.sequences import Inserted
 from se_fx.regions.surgery import refuse_surgery
 
-__all__ = ["INNER", "Watched", "fixed_children", "hooked", "is_fresh", "refuse_stale", "watch"]
+__all__ = ["INNER", "Watched", "fixed_children", "hooked", "is_fresh", "reached", "refuse_stale", "watch"]
 
 #: Modules, the names they are known by, and what their code may have read: values, and what these hold. Built-in types alone,
 #: so that those of a copied model are about the copy's modules.
@@ -32,7 +32,7 @@ INNER = "_inner_forward"
 _DEPTH = 3  # of objects in objects that are looked into
 
 
-def watch(modules: Iterable[tuple[str, nn.Module, type[nn.Module]]]) -> Watched:
+def watch(modules: Iterable[tuple[str, nn.Module, Any]]) -> Watched:
     """What would make a graph stale that was traced through the code of these modules.
 
     The values of those attributes, of the instance and of its class, whose names the code's source knows; tensors and modules
@@ -41,7 +41,21 @@ def watch(modules: Iterable[tuple[str, nn.Module, type[nn.Module]]]) -> Watched:
     Args:
         modules: names for errors, modules, and the classes whose code they run.
     """
-    return [(name, module, _readable(module, own)) for name, module, own in modules]
+    return [(name, module, _readable(module, own, words(own))) for name, module, own in modules]
+
+
+def reached(modules: Iterable[tuple[str, nn.Module, Any]], among: Iterable[tuple[str, nn.Module, Any]]) -> Watched:
+    """What else would make that graph stale: what the code asks of other modules, such as one that holds settings.
+
+    Args:
+        modules: as `watch` is given them.
+        among: all modules that their code can reach, likewise.
+    """
+    known = {id(module): words(own) for _, module, own in modules}
+    names = frozenset[str]().union(*(asked_of_others(own) for own in {own for _, _, own in modules}))
+    others = [each for each in among if not isinstance(each[1], Inserted)]
+    found = ((name, each, _readable(each, own, names - known.get(id(each), frozenset()))) for name, each, own in others)
+    return [each for each in found if each[2]]
 
 
 def fixed_children(module: nn.Module, graphs: Iterable[fx.Graph]) -> Iterator[tuple[nn.Module, str, nn.Module | None]]:
@@ -90,7 +104,7 @@ def _change(module: Any) -> str | None:
     """What has changed since a region was traced, in words."""
     if INNER in module.__dict__:
         return "its forward was set"
-    changed = change_in(module._watched)
+    changed = change_in(module._watched) or change_in(module._reached)
     if changed is not None or torch.compiler.is_compiling():  # what compiles doesn't look at hooks either
         return changed
     for name, inner, _ in module._watched[1:]:  # the first is the region's own
@@ -135,15 +149,21 @@ def change_in(watched: Watched) -> str | None:
         now = module.__dict__
         for attribute, (value, content) in values.items():
             other = now.get(attribute, _ABSENT)
-            if other is not value and not (type(other) is type(value) in _ATOMS and other == value):
+            if other is not value and not _is_alike(other, value):
                 return f"the attribute {f'{name}.{attribute}' if name else attribute} was set"
             if content is not None and _content(value) != content:
                 return f"what the attribute {f'{name}.{attribute}' if name else attribute} holds was changed"
     return None
 
 
-def _readable(module: nn.Module, own: Any) -> dict[str, tuple[Any, Any]]:
-    names = _words(own)
+def _is_alike(other: Any, value: Any) -> bool:
+    """Whether two numbers or strings, or tuples of such, are equal; compiled code makes them anew."""
+    if type(other) is type(value) is tuple:
+        return len(other) == len(value) and all(map(_is_alike, other, value))
+    return type(other) is type(value) in _ATOMS and bool(other == value)
+
+
+def _readable(module: nn.Module, own: Any, names: Set[str]) -> dict[str, tuple[Any, Any]]:
     found: dict[str, tuple[Any, Any]] = {
         name: (value, _content(value))
         for name, value in module.__dict__.items()
@@ -169,30 +189,3 @@ def _content(value: Any, depth: int = _DEPTH) -> Any:
     else:
         return None
     return [(str(key), each if type(each) in _ATOMS else _content(each, depth - 1)) for key, each in items]
-
-
-@functools.cache
-def _words(own: Any) -> frozenset[str]:
-    """All names, of attributes and in strings, that the source of a class and of the modules it stands in has."""
-    found: set[str] = set()
-    for kind in own.__mro__:
-        if issubclass(kind, nn.Module) and not kind.__module__.startswith("torch."):
-            home = sys.modules.get(kind.__module__)
-            for code in (*_codes(vars(kind)), *_codes(vars(home) if home is not None else {}, kind.__module__)):
-                found.update(code.co_names, (each for each in code.co_consts if isinstance(each, str) and each.isidentifier()))
-    return frozenset(found)
-
-
-def _codes(names: Any, home: str | None = None) -> Iterator[types.CodeType]:
-    """The code of functions, properties and methods among some names; of those defined in one module, if that is given."""
-    for value in list(names.values()):
-        function = getattr(value, "fget", None) or getattr(value, "__func__", value)
-        if isinstance(function, types.FunctionType) and home in (None, function.__module__):
-            yield from _inner(function.__code__)
-
-
-def _inner(code: types.CodeType) -> Iterator[types.CodeType]:
-    yield code
-    for constant in code.co_consts:
-        if isinstance(constant, types.CodeType):
-            yield from _inner(constant)

@@ -18,7 +18,7 @@ from typing import Any, cast
 from torch import Tensor, fx, nn
 
 from se_fx.regions.classes import ATTRIBUTES, OF_HOSTS, GraphRegion, Rewritten, give_class, overrides_module_methods
-from se_fx.regions.freshness import INNER, Watched, fixed_children, hooked, watch
+from se_fx.regions.freshness import INNER, fixed_children, hooked, reached, watch
 
 __all__ = [
     "add_constants",
@@ -131,11 +131,12 @@ def run_graphs(
     own, own_graph = own_class(module), _own_graph(module)
     added: tuple[str, ...] = ()
     names = tuple(entered or ())
-    inner = [(name, module.get_submodule(name)) for name in names]
+    inner = [(name, each, own_class(each)) for name, each in ((name, module.get_submodule(name)) for name in names)]
     scaling = [name for name, each in module.named_modules() if name not in names and excitement(each)] if names else []
     module.__dict__.update(
         _graphs=dict(graphs),
-        _watched=watch([(name, each, own_class(each)) for name, each in inner]),
+        _watched=watch(inner),
+        _reached=reached(inner, _with_classes(module)) if names else [],
         _children=list(fixed_children(module, set(graphs.values()))) if names else [],
         _hosts=[each for each in module.modules() if "_between" in each.__dict__ or "_holding" in each.__dict__]
         if names
@@ -154,10 +155,15 @@ def run_graphs(
     give_class(module, own, own_graph, as_graph_module=as_graph_module, added=added, keeps=keeps)
 
 
-def run_host_graphs(module: nn.Module, graphs: Mapping[bool, fx.Graph], watched: Watched) -> None:
+def run_host_graphs(module: nn.Module, graphs: Mapping[bool, fx.Graph]) -> None:
     """Make `module`, which is no region, run graphs of its own code, in place."""
-    module.__dict__.update(_host_graphs=dict(graphs), _host_watched=watched, _hosting=True)
+    own, *_ = everything = _with_classes(module)
+    module.__dict__.update(_host_graphs=dict(graphs), _host_watched=watch([own]) + reached([own], everything), _hosting=True)
     give_class(module, own_class(module), _own_graph(module))
+
+
+def _with_classes(module: nn.Module) -> list[tuple[str, nn.Module, type[nn.Module]]]:
+    return [(name, each, own_class(each)) for name, each in module.named_modules()]
 
 
 def run_own_code(module: nn.Module) -> None:

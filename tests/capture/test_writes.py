@@ -417,3 +417,103 @@ def test_what_is_changed_by_an_attribute_is_changed(body: Callable[..., Any]) ->
         with torch.no_grad():
             assert torch.equal(rewritten(x), model(x))
             torch.testing.assert_close(se_fx.optimize_for_inference(model)(x), model(x))
+
+
+class Holder(nn.Module):
+    """Settings, which others read and set."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.factor = 1.0
+        self.conv = nn.Conv2d(3, 3, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x)
+
+
+def double(holder: Holder) -> None:
+    holder.factor *= 2
+
+
+class Writer(nn.Module):
+    """Its code is in no graph, since a value decides before it writes."""
+
+    def __init__(self, holder: Holder, how: str) -> None:
+        super().__init__()
+        self.holder, self.how, self.calls = holder, how, 1
+        self.conv = nn.Conv2d(3, 3, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.isfinite().all():
+            if self.how == "by assignment":
+                self.holder.factor = self.holder.factor + 1
+            elif self.how == "by name":
+                setattr(self.holder, "factor", self.holder.factor + 1)  # noqa: B010
+            elif self.how == "by a function":
+                double(self.holder)
+            self.calls += 1
+        return self.conv(x)
+
+
+class Reader(nn.Module):
+    """Reads what the writer has just set, of another module, which it may call, or of the writer."""
+
+    def __init__(self, how: str, read: str) -> None:
+        super().__init__()
+        self.holder, self.read = Holder(), read
+        self.writer, self.conv = Writer(self.holder, how), nn.Conv2d(3, 3, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.writer(self.conv(x))
+        if self.read == "the writer":
+            return y * self.writer.calls
+        return (self.holder(y) if self.read == "called" else y) * self.holder.factor
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+@pytest.mark.parametrize("read", ["called", "not called", "the writer"])
+@pytest.mark.parametrize("how", ["by assignment", "by name", "by a function"])
+def test_what_code_in_no_graph_sets_is_read_when_it_is_set(how: str, read: str, in_place: bool) -> None:
+    model = Reader(how, read).eval()
+    options: Any = {"min_channels": 1, "latent_channels": 2, "init": "identity"}
+    result = copy.deepcopy(model)
+    if in_place:
+        se_fx.apply_squeeze_excite(result, **options)
+    else:
+        result = se_fx.transform(result, **options)
+    assert len(se_fx.blocks_of(result)) > 1
+    for _ in range(3):
+        assert torch.equal(result(X), model(X))
+
+
+def test_a_written_module_that_is_registered_twice_doesnt_keep_capture_from_ending() -> None:
+    """It is in no graph under the one name, and not called by the other."""
+
+    class Counts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.calls = nn.Conv2d(3, 3, 1), 0
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.calls += 1
+            return self.conv(x) * self.calls
+
+    class Frozen(nn.Sequential):
+        def train(self, mode: bool = True) -> nn.Module:
+            return super().train(False)
+
+    class Both(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = Counts()
+            self.frozen = Frozen(self.inner, nn.ReLU())
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.frozen(x)
+
+    model = Both()
+    result = se_fx.transform(model, min_channels=1, latent_channels=2, init="identity")
+    expected = copy.deepcopy(model)
+    assert len(se_fx.blocks_of(result)) == 1
+    for _ in range(2):
+        assert torch.equal(result(X), expected(X))

@@ -1,7 +1,8 @@
-"""The rewrites for training, one a module, in the order they are applied in.
+"""The rewrites for training, in the order they are applied in.
 
 In eager mode autograd keeps what Squeeze-and-Excitation needs for its gradients; nearly all of it can be computed again from
-what the layers around it keep anyway. Values computed in the forward pass stay what they were, bit for bit.
+what the layers around it keep anyway. Values computed in the forward pass stay what they were, bit for bit; but for `moments`,
+which compiled code alone is for.
 """
 
 from collections.abc import Callable, Iterator
@@ -9,9 +10,7 @@ from collections.abc import Callable, Iterator
 from se_fx.rewrites.change import Change
 from se_fx.rewrites.training.keeping import Keeping
 from se_fx.rewrites.training.moments import moments
-from se_fx.rewrites.training.recompute_activations import recompute_activations
-from se_fx.rewrites.training.recompute_products import recompute_products
-from se_fx.rewrites.training.recompute_readers import recompute_readers
+from se_fx.rewrites.training.recompute import recompute_activations, recompute_products, recompute_readers
 from se_fx.rewrites.training.tails import Tail, tail_of
 from se_fx.rewrites.training.weaving import is_training_call
 

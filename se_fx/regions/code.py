@@ -1,0 +1,131 @@
+"""Code: what the source of a module's class knows by name, without running it."""
+
+from __future__ import annotations
+
+import dis
+import functools
+import sys
+import types
+from collections.abc import Hashable, Iterator
+from typing import Any
+
+from torch import nn
+
+__all__ = ["asked_of_others", "set_by", "words"]
+
+#: By which attributes are read and set whose names are strings.
+_READS = frozenset({"getattr", "hasattr", "attrgetter", "vars", "__dict__", "__getattribute__"})
+_WRITES = frozenset({"setattr", "__setattr__", "vars", "__dict__"})
+
+
+@functools.cache
+def words(own: Hashable) -> frozenset[str]:
+    """All names, of attributes and in strings, that the source of a class and of its file has."""
+    found: set[str] = set()
+    for methods, functions in _sources(own):
+        for code in (*_codes(methods), *_codes(*functions)):
+            found.update(code.co_names, _strings(code))
+    return frozenset(found)
+
+
+def _sources(own: Any) -> Iterator[tuple[dict[str, Any], tuple[dict[str, Any], str]]]:
+    """What a class and its bases define, and what the files do that these stand in, with the files' names; not PyTorch's."""
+    for kind in own.__mro__:
+        if issubclass(kind, nn.Module) and not kind.__module__.startswith("torch."):
+            home = sys.modules.get(kind.__module__)
+            yield dict(vars(kind)), (dict(vars(home)) if home is not None else {}, kind.__module__)
+
+
+def _strings(code: types.CodeType) -> Iterator[str]:
+    yield from (each for each in code.co_consts if isinstance(each, str) and each.isidentifier())
+
+
+def _codes(names: Any, home: str | None = None) -> Iterator[types.CodeType]:
+    """The code of functions, properties and methods among some names; of those defined in one module, if that is given."""
+    for value in list(names.values()):
+        function = getattr(value, "fget", None) or getattr(value, "__func__", value)
+        if isinstance(function, types.FunctionType) and home in (None, function.__module__):
+            yield from _inner(function.__code__)
+
+
+def _inner(code: types.CodeType) -> Iterator[types.CodeType]:
+    yield code
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            yield from _inner(constant)
+
+
+@functools.cache
+def asked_of_others(own: Hashable) -> frozenset[str]:
+    """The attributes that a class's code, and that of its file, reads of anything but `self`; not in `__init__`."""
+    found: set[str] = set()
+    for methods, functions in _sources(own):
+        methods.pop("__init__", None)
+        for code in _codes(methods):
+            found.update(_of_others(code, _self(code), "LOAD"))
+        for code in _codes(*functions):
+            found.update(_of_others(code, None, "LOAD"))
+    return frozenset(found)
+
+
+@functools.cache
+def set_by(own: Hashable, *, with_own: bool = False) -> frozenset[str]:
+    """The attributes that a class's `forward`, and what it knows by name, sets of anything but `self`, or of that, too."""
+    known: dict[str, tuple[Any, bool]] = {}
+    for methods, (functions, home) in _sources(own):
+        theirs = {name: value for name, value in functions.items() if getattr(value, "__module__", home) == home}
+        for name, value, is_method in (
+            *((*each, True) for each in methods.items()),
+            *((*each, False) for each in theirs.items()),
+        ):
+            known.setdefault(name, (value, is_method))
+    found: set[str] = set()
+    seen, names = set[str](), ["forward"]
+    while names:
+        name = names.pop()
+        if name in seen or name not in known:
+            continue
+        seen.add(name)
+        value, is_method = known[name]
+        for code in _codes(_held(name, value)):
+            found.update(_of_others(code, _self(code) if is_method and not with_own else None, "STORE"))
+            names += code.co_names
+    return frozenset(found)
+
+
+def _held(name: str, value: Any) -> dict[str, Any]:
+    """A function by its name; those in a table of functions by theirs."""
+    if isinstance(value, dict):
+        return {str(key): each for key, each in value.items()}
+    return {str(key): each for key, each in enumerate(value)} if isinstance(value, (list, tuple)) else {name: value}
+
+
+def _self(code: types.CodeType) -> str | None:
+    return code.co_varnames[0] if code.co_argcount else None
+
+
+def _of_others(code: types.CodeType, own: str | None, does: str) -> Iterator[str]:
+    """The attributes that code loads or stores, of anything but a local variable."""
+    loads, before, last = does == "LOAD", None, None
+    augmented: set[str] = set()  # of the variable, such as `self.count += 1`, which copies it first
+    for each in dis.get_instructions(code):
+        is_load, is_store = each.opname in ("LOAD_ATTR", "LOAD_METHOD"), each.opname == "STORE_ATTR"
+        if is_load or is_store:
+            is_copy = before is not None and before.opname in ("COPY", "DUP_TOP")
+            of_own = _is_local(last if is_copy else before, own)
+            if is_load and is_copy and of_own:
+                augmented.add(each.argval)
+            if is_store and before is not None and before.opname in ("SWAP", "ROT_TWO"):
+                of_own = each.argval in augmented
+                augmented.discard(each.argval)
+            if not of_own and is_load == loads:
+                yield each.argval
+        last, before = before, each
+    if (_READS if loads else _WRITES).intersection(code.co_names):
+        yield from _strings(code)
+
+
+def _is_local(instruction: Any, name: str | None) -> bool:
+    if instruction is None or name is None or not instruction.opname.startswith("LOAD_FAST"):
+        return False
+    return bool((instruction.argval[-1] if isinstance(instruction.argval, tuple) else instruction.argval) == name)
