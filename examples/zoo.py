@@ -7,11 +7,13 @@ Parameter objects, and whether there is a block. Weights are noise: what a model
     python examples/zoo.py timm                       # all of timm's conv models, a table on standard output
     python examples/zoo.py timm --filter 'resnet*'    # some
     python examples/zoo.py torchvision --train --markdown zoo.md
+    python examples/zoo.py torchvision --train --in-place        # blocks in the model itself, at each placement
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import fnmatch
 import inspect
 import logging
@@ -175,6 +177,76 @@ def check(name: str, attempts: Callable[[str], Iterator[Attempt]], modes: tuple[
     return Row(name, kind, len(report.regions), len(report.sites), seconds, result)
 
 
+def check_in_place(name: str, attempts: Callable[[str], Iterator[Attempt]], modes: tuple[bool, ...]) -> Row | None:
+    """One model's row, of blocks that are put into it at each placement in turn; those that it has no place for left out."""
+    found = load(name, attempts, modes)
+    if found is None or isinstance(found, Row):
+        return found
+    model, args = found
+    done, sites, seconds, result = [], 0, 0.0, "no site"
+    for placement in se_fx.placement.PLACEMENTS:
+        placed = copy.deepcopy(model.eval())
+        before = placed.state_dict(keep_vars=True), dict(placed.named_modules())
+        start = time.perf_counter()
+        try:
+            se_fx.apply_squeeze_excite(placed, 4, 1, placement=placement, init="identity")
+        except se_fx.SqueezeExciteError as error:
+            if "no such place" in str(error):
+                continue
+            raise
+        seconds += time.perf_counter() - start
+        done.append(placement)
+        sites += len(se_fx.blocks_of(placed))
+        result = compare_in_place(model, placed, before, args, modes)
+        if result != "equal":
+            return Row(name, placement, 0, sites, seconds, result)
+    return Row(name, ", ".join(done), 0, sites, seconds, result)
+
+
+def compare_in_place(
+    model: nn.Module,
+    placed: nn.Module,
+    before: tuple[dict[str, Any], dict[str, nn.Module]],
+    args: tuple[Any, ...],
+    modes: tuple[bool, ...],
+) -> str:
+    """Whether a copy of a model, with blocks in it now, is what it was, and does what the model does."""
+    state, modules = before
+    new_state, new_modules = placed.state_dict(keep_vars=True), dict(placed.named_modules())
+    if any(new_state.get(key) is not value for key, value in state.items() if isinstance(value, Tensor)):
+        return "keys or Parameters lost"
+    if any(new_modules.get(key) is not value for key, value in modules.items()) or not isinstance(placed, type(model)):
+        return "modules or class lost"
+    if not all("squeeze_excite" in key.split(".") for key in (new_state | new_modules).keys() - (state | modules).keys()):
+        return "foreign keys"
+    removed = se_fx.remove(placed)
+    if [(key, type(each)) for key, each in removed.named_modules()] != [
+        (key, type(each)) for key, each in model.named_modules()
+    ]:
+        return "not removed"
+    start = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    for training in modes:
+        outputs = []
+        for each in (model, placed):
+            for name, buffer in each.named_buffers():
+                if name in start:
+                    buffer.copy_(start[name])
+            torch.manual_seed(0)
+            outputs.append(each.train(training)(*args_for(each, args)))
+        if not same(*outputs) or not same(dict(model.named_buffers()), {k: placed.get_buffer(k) for k in start}):
+            return f"differs in {'train' if training else 'eval'} mode"
+    return "equal"
+
+
+def args_for(model: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Detectors want targets in train mode."""
+    if not model.training or not isinstance(args[0], list):
+        return args
+    target = {"boxes": torch.tensor([[4.0, 4.0, 40.0, 40.0]]), "labels": torch.tensor([1])}
+    target |= {"keypoints": torch.tensor([[[20.0, 20.0, 1.0]] * 17])}
+    return args[0], [target | {"masks": torch.ones(1, *image.shape[1:], dtype=torch.uint8)} for image in args[0]]
+
+
 def load(
     name: str, attempts: Callable[[str], Iterator[Attempt]], modes: tuple[bool, ...]
 ) -> tuple[nn.Module, tuple[Any, ...]] | Row | None:
@@ -189,7 +261,7 @@ def load(
                 return Row(name, result=f"not run: {size / 2**30:.0f} GiB of parameters")
             model = with_noise(build)
             for training in modes:
-                model.train(training)(*args)
+                model.train(training)(*args_for(model, args))
         except Exception as error:
             failure = f"the original fails: {type(error).__name__}: {error}"[:100]
             continue
@@ -221,22 +293,23 @@ def compare(model: nn.Module, rewritten: nn.Module, args: tuple[Any, ...], modes
             for name, buffer in model.named_buffers():  # the two share them
                 buffer.copy_(buffers[name])
             torch.manual_seed(0)
-            outputs.append(each.train(training)(*args))
+            outputs.append(each.train(training)(*args_for(model, args)))
         if not same(*outputs):
             return f"differs in {'train' if training else 'eval'} mode"
     return "equal"
 
 
-def run(zoo: str, pattern: str, modes: tuple[bool, ...], after: str = "") -> Iterator[Row]:
+def run(zoo: str, pattern: str, modes: tuple[bool, ...], after: str = "", in_place: bool = False) -> Iterator[Row]:
     """The rows of all models of a zoo whose name matches."""
     names, attempts = ZOOS[zoo]
-    chosen = [name for name in names() if fnmatch.fnmatchcase(name, pattern) and name > after]
+    patterns = pattern.split(",")
+    chosen = [name for name in names() if any(fnmatch.fnmatchcase(name, each) for each in patterns) and name > after]
     for name in (bar := tqdm(chosen, desc=zoo)):
         bar.set_postfix_str(name)
         try:
             with torch.no_grad(), warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                row = check(name, attempts, modes)
+                row = (check_in_place if in_place else check)(name, attempts, modes)
         except Exception as error:
             row = Row(name, result=f"{type(error).__name__}: {error}"[:160])
         if row is not None:
@@ -246,15 +319,16 @@ def run(zoo: str, pattern: str, modes: tuple[bool, ...], after: str = "") -> Ite
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("zoo", choices=ZOOS)
-    parser.add_argument("--filter", default="*", metavar="GLOB", help="only models named so")
+    parser.add_argument("--filter", default="*", metavar="GLOB", help="only models named so; several, with commas between")
     parser.add_argument("--after", default="", metavar="NAME", help="only models whose name sorts after this one")
     parser.add_argument("--train", action="store_true", help="compare in train mode too")
+    parser.add_argument("--in-place", action="store_true", help="put blocks into the model itself, at each placement in turn")
     parser.add_argument("--markdown", metavar="FILE", help="write the table there too, row by row")
     arguments = parser.parse_args()
     logging.disable(logging.WARNING)
     rows: list[Row] = []
     modes = (False, True) if arguments.train else (False,)
-    for row in run(arguments.zoo, arguments.filter, modes, arguments.after):
+    for row in run(arguments.zoo, arguments.filter, modes, arguments.after, arguments.in_place):
         rows.append(row)
         if not row.good:
             tqdm.write(f"{row.name}: {row.result}")
