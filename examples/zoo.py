@@ -8,12 +8,14 @@ Parameter objects, and whether there is a block. Weights are noise: what a model
     python examples/zoo.py timm --filter 'resnet*'    # some
     python examples/zoo.py torchvision --train --markdown zoo.md
     python examples/zoo.py torchvision --train --in-place        # blocks in the model itself, at each placement
+    python examples/zoo.py strangers                             # networks of other packages, see strangers.py
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import dataclasses
 import fnmatch
 import inspect
 import logging
@@ -21,15 +23,15 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Any
 from unittest import mock
 
 import torch
+from strangers import strangers_attempts, strangers_names
 from tabulate import tabulate
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_flatten
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only
 from tqdm import tqdm
 
 import se_fx
@@ -37,7 +39,7 @@ import se_fx
 MEMORY_LIMIT = 8 * 2**30  # bytes of parameters
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Row:
     name: str
     kind: str = ""
@@ -45,6 +47,7 @@ class Row:
     sites: int = 0
     seconds: float = 0.0
     result: str = ""
+    optimized: str = ""
 
     @property
     def good(self) -> bool:
@@ -144,7 +147,11 @@ def timm_attempts(name: str) -> Iterator[Attempt]:
     yield (lambda: timm.create_model(name, pretrained=False)), (torch.rand(1, channels, height, width),)
 
 
-ZOOS = {"torchvision": (torchvision_names, torchvision_attempts), "timm": (timm_names, timm_attempts)}
+ZOOS = {
+    "torchvision": (torchvision_names, torchvision_attempts),
+    "timm": (timm_names, timm_attempts),
+    "strangers": (strangers_names, strangers_attempts),
+}
 
 
 # ----------------------------------------------------------------------------------------------------------------- checks
@@ -247,6 +254,37 @@ def args_for(model: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
     return args[0], [target | {"masks": torch.ones(1, *image.shape[1:], dtype=torch.uint8)} for image in args[0]]
 
 
+def check_stranger(name: str, attempts: Callable[[str], Iterator[Attempt]], modes: tuple[bool, ...]) -> Row | None:
+    """One model's row, transformed, then with blocks in place at each placement; last, how far off it is optimised."""
+    row = check(name, attempts, modes)
+    if row is None or row.result != "equal":
+        return row
+    placed, found = check_in_place(name, attempts, modes), load(name, attempts, modes)
+    if placed is None or placed.result != "equal" or not isinstance(found, tuple):
+        return placed
+    return dataclasses.replace(row, optimized=difference(*found))
+
+
+def difference(model: nn.Module, args: tuple[Any, ...]) -> str:
+    """How far a transformed model is from the same optimised, of its outputs' largest value; norms do something."""
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.track_running_stats:
+            nn.init.normal_(module.running_mean, 0, 0.1)
+            nn.init.uniform_(module.running_var, 0.5, 1.5)
+    rewritten = se_fx.transform(model.eval(), min_channels=1, latent_channels=4)
+    fast = se_fx.optimize_for_inference(rewritten)
+    try:
+        given = tree_map_only(Tensor, lambda each: each.double() if each.is_floating_point() else each, args)
+        outputs, word = [each.double()(*given) for each in (rewritten, fast)], "float64"
+    except Exception:  # code that makes tensors of its own types
+        outputs, word = [each.float()(*args) for each in (rewritten, fast)], "float32"
+    pairs = [leaves for leaves in zip(*map(tree_leaves, outputs), strict=True) if isinstance(leaves[0], Tensor)]
+    off = max(
+        float((a - b).abs().max() / a.abs().max().clamp(min=1e-30)) for a, b in pairs if a.is_floating_point() and a.numel()
+    )
+    return f"{off:.0e} ({word})"
+
+
 def load(
     name: str, attempts: Callable[[str], Iterator[Attempt]], modes: tuple[bool, ...]
 ) -> tuple[nn.Module, tuple[Any, ...]] | Row | None:
@@ -302,6 +340,7 @@ def compare(model: nn.Module, rewritten: nn.Module, args: tuple[Any, ...], modes
 def run(zoo: str, pattern: str, modes: tuple[bool, ...], after: str = "", in_place: bool = False) -> Iterator[Row]:
     """The rows of all models of a zoo whose name matches."""
     names, attempts = ZOOS[zoo]
+    checks = check_in_place if in_place else check_stranger if zoo == "strangers" else check
     patterns = pattern.split(",")
     chosen = [name for name in names() if any(fnmatch.fnmatchcase(name, each) for each in patterns) and name > after]
     for name in (bar := tqdm(chosen, desc=zoo)):
@@ -309,7 +348,7 @@ def run(zoo: str, pattern: str, modes: tuple[bool, ...], after: str = "", in_pla
         try:
             with torch.no_grad(), warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                row = (check_in_place if in_place else check)(name, attempts, modes)
+                row = checks(name, attempts, modes)
         except Exception as error:
             row = Row(name, result=f"{type(error).__name__}: {error}"[:160])
         if row is not None:
@@ -327,7 +366,7 @@ def main() -> int:
     arguments = parser.parse_args()
     logging.disable(logging.WARNING)
     rows: list[Row] = []
-    modes = (False, True) if arguments.train else (False,)
+    modes = (False, True) if arguments.train or arguments.zoo == "strangers" else (False,)
     for row in run(arguments.zoo, arguments.filter, modes, arguments.after, arguments.in_place):
         rows.append(row)
         if not row.good:
@@ -342,10 +381,11 @@ def main() -> int:
 
 
 def table(rows: list[Row], form: str) -> str:
-    cells = [(r.name, r.kind, r.regions, r.sites, f"{r.seconds:.2f}", r.result) for r in rows]
-    return tabulate(
-        cells, ["model", "result is", "graph regions", "sites", "transform, s", "outputs"], form, disable_numparse=True
-    )
+    headers = ["model", "result is", "graph regions", "sites", "transform, s", "outputs"]
+    cells = [[r.name, r.kind, r.regions, r.sites, f"{r.seconds:.2f}", r.result, r.optimized] for r in rows]
+    if any(row.optimized for row in rows):
+        return tabulate(cells, [*headers, "optimised, off"], form, disable_numparse=True)
+    return tabulate([row[:-1] for row in cells], headers, form, disable_numparse=True)
 
 
 def write_markdown(path: str, rows: list[Row]) -> None:
