@@ -107,8 +107,8 @@ diaresnet20_cifar10 dla34 dpn68 efficientnet_b0 fbnet_cb fdmobilenet_wd4 ghostne
 igcv3_wd4 inceptionv4 menet108_8x1_g3 mixnet_s mnasnet_b1 mobilenet_wd4 mobilenetv2_wd4 mobilenetv3_large_w1 nasnet_4a1056
 peleenet polynet preresnet18 proxylessnas_cpu regnetx002 regnety002 resattnet56 resnesta18 resnet18 resnext14_16x4d
 scnet50 selecsls42b seresnet18 senet16 shufflenet_g1_wd4 shufflenetv2_wd2 sinet_cityscapes sknet50 sparsenet121 spnasnet
-sqnxt23_w1 squeezenet_v1_0 squeezeresnet_v1_0 vovnet39 xception zfnet fastscnn_cityscapes lednet_cityscapes bisenet_resnet18_celebamaskhq
-simplepose_resnet18_coco dicenet_wd5
+sqnxt23_w1 squeezenet_v1_0 squeezeresnet_v1_0 vovnet39 xception zfnet
+fastscnn_cityscapes lednet_cityscapes bisenet_resnet18_celebamaskhq simplepose_resnet18_coco dicenet_wd5
 """.split()  # noqa: SIM905
 
 

@@ -43,9 +43,19 @@ def _strings(code: types.CodeType) -> Iterator[str]:
 def _codes(names: Any, home: str | None = None) -> Iterator[types.CodeType]:
     """The code of functions, properties and methods among some names; of those defined in one module, if that is given."""
     for value in list(names.values()):
-        function = getattr(value, "fget", None) or getattr(value, "__func__", value)
-        if isinstance(function, types.FunctionType) and home in (None, function.__module__):
+        function = _function(value)
+        if type(function) is types.FunctionType and home in (None, function.__module__):
             yield from _inner(function.__code__)
+
+
+def _function(value: Any) -> Any:
+    """What is run; nothing is asked of objects of others, some of which import a library, or raise, when they are asked."""
+    kind = type(value)  # `isinstance` asks for `__class__`
+    if issubclass(kind, property):
+        return value.fget
+    if issubclass(kind, functools.cached_property):
+        return value.func
+    return value.__func__ if issubclass(kind, (classmethod, staticmethod)) else value
 
 
 def _inner(code: types.CodeType) -> Iterator[types.CodeType]:
@@ -71,14 +81,11 @@ def asked_of_others(own: Hashable) -> frozenset[str]:
 @functools.cache
 def set_by(own: Hashable, *, with_own: bool = False) -> frozenset[str]:
     """The attributes that a class's `forward`, and what it knows by name, sets of anything but `self`, or of that, too."""
-    known: dict[str, tuple[Any, bool]] = {}
+    known: dict[str, tuple[Any, str | None]] = {}  # and the file that a function stands in
     for methods, (functions, home) in _sources(own):
-        theirs = {name: value for name, value in functions.items() if getattr(value, "__module__", home) == home}
-        for name, value, is_method in (
-            *((*each, True) for each in methods.items()),
-            *((*each, False) for each in theirs.items()),
-        ):
-            known.setdefault(name, (value, is_method))
+        for values, file in ((methods, None), (functions, home)):
+            for name, value in values.items():
+                known.setdefault(name, (value, file))
     found: set[str] = set()
     seen, names = set[str](), ["forward"]
     while names:
@@ -86,18 +93,18 @@ def set_by(own: Hashable, *, with_own: bool = False) -> frozenset[str]:
         if name in seen or name not in known:
             continue
         seen.add(name)
-        value, is_method = known[name]
-        for code in _codes(_held(name, value)):
-            found.update(_of_others(code, _self(code) if is_method and not with_own else None, "STORE"))
+        value, file = known[name]
+        for code in _codes(_held(name, value), file):
+            found.update(_of_others(code, None if file or with_own else _self(code), "STORE"))
             names += code.co_names
     return frozenset(found)
 
 
 def _held(name: str, value: Any) -> dict[str, Any]:
     """A function by its name; those in a table of functions by theirs."""
-    if isinstance(value, dict):
+    if issubclass(type(value), dict):
         return {str(key): each for key, each in value.items()}
-    return {str(key): each for key, each in enumerate(value)} if isinstance(value, (list, tuple)) else {name: value}
+    return {str(key): each for key, each in enumerate(value)} if issubclass(type(value), (list, tuple)) else {name: value}
 
 
 def _self(code: types.CodeType) -> str | None:

@@ -14,6 +14,7 @@ from two_convs import X
 
 import se_fx
 from se_fx.capture import capture
+from se_fx.regions import code
 
 
 class Norm(nn.Module):
@@ -419,6 +420,13 @@ def test_what_is_changed_by_an_attribute_is_changed(body: Callable[..., Any]) ->
             torch.testing.assert_close(se_fx.optimize_for_inference(model)(x), model(x))
 
 
+class Missing:
+    """A library that isn't installed, as some put it in its place: it raises whatever it is asked."""
+
+    def __getattribute__(self, name: str) -> Any:
+        raise ImportError(name)
+
+
 class Holder(nn.Module):
     """Settings, which others read and set."""
 
@@ -517,3 +525,12 @@ def test_a_written_module_that_is_registered_twice_doesnt_keep_capture_from_endi
     assert len(se_fx.blocks_of(result)) == 1
     for _ in range(2):
         assert torch.equal(result(X), expected(X))
+
+
+def test_files_that_hold_something_odd_are_looked_through(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(globals(), "missing", Missing())
+    for cached in (code.words, code.asked_of_others, code.set_by):
+        cached.cache_clear()
+    model = Inner()
+    result = se_fx.transform(model, min_channels=1, latent_channels=2, init="identity").eval()
+    assert torch.equal(result(X), model.eval()(X))
