@@ -109,6 +109,8 @@ def torchvision_attempts(name: str) -> Iterator[Attempt]:
     if ".detection" in package:
         if "ssd" not in name:  # else images are scaled to 800 pixels
             options |= {"min_size": 64, "max_size": 96}
+        if "rcnn" in name:  # else hundreds of boxes, which random weights all take for objects
+            options |= {"rpn_post_nms_top_n_train": 20, "rpn_post_nms_top_n_test": 20, "box_batch_size_per_image": 16}
         inputs: list[Any] = [([torch.rand(3, 64, 80), torch.rand(3, 96, 64)],)]
     elif ".optical_flow" in package:
         inputs = [(torch.rand(1, 3, 128, 128) * 2 - 1, torch.rand(1, 3, 128, 128) * 2 - 1)]

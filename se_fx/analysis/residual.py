@@ -78,7 +78,7 @@ def residual_units(graph: fx.Graph, root: nn.Module) -> Iterator[Unit]:
             and all(_leads(start, operand, at_one_resolution) for operand in operands)
         )
         end = _before_scaling(operands[longer], branch, data, modules)
-        if is_unit and not _is_scaled_by_attention(end, small, data):
+        if is_unit and widths.get(end, width) == width and not _is_scaled_by_attention(end, small, data):
             assert width is not None
             yield Unit(start, end, operands[1 - longer], add, branch, names[longer][-1], width, widths.get(start))
 
@@ -163,7 +163,8 @@ def _only_scales(node: fx.Node, data: set[fx.Node], modules: Modules) -> bool:
     module = called(node, modules)
     if module is None:
         return node.target in _PRODUCTS or _names(node, _SCALINGS)
-    return any(word in type(module).__name__.lower() for word in _SCALINGS)
+    is_factor = all(sum(size > 1 for size in each.shape) <= 1 for each in module.parameters())  # not a matrix or kernel
+    return is_factor and any(word in type(module).__name__.lower() for word in _SCALINGS)
 
 
 def _is_scaled_by_attention(node: fx.Node, small: set[fx.Node], data: set[fx.Node]) -> bool:

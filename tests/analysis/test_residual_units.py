@@ -180,3 +180,23 @@ def test_units_in_code_that_is_no_graph_are_found_within_their_regions() -> None
     assert [site.name for site in se_fx.Plan.of(gm).sites] == ["units.0.b", "units.1.b"]
     x = torch.randn(1, 3, 4, 4)
     assert torch.equal(gm.eval()(x), model.eval()(x))
+
+
+def test_a_conv_whose_class_is_named_after_scales_is_a_conv() -> None:
+    """timm's weight-standardised one; the block goes behind it, on as many channels as it has."""
+
+    class ScaledConv2d(nn.Conv2d):
+        pass
+
+    class Unit(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.act, self.last = ScaledConv2d(4, 6, 1), nn.SiLU(), ScaledConv2d(6, 4, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last(self.act(self.first(x))) * 0.2 + x
+
+    (site,) = se_fx.plan(Unit(), placement="residual", min_channels=1).sites
+    assert (site.name, site.channels) == ("last", 4)
+    result, x = se_fx.transform(Unit(), placement="residual", min_channels=1, latent_channels=2), torch.randn(2, 4, 5, 5)
+    assert result(x).shape == x.shape
