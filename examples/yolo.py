@@ -149,7 +149,7 @@ def main() -> None:
     arguments = parser.parse_args()
     epochs, size = 3 if arguments.quick else arguments.epochs, arguments.size
     options = {"epochs": epochs, "imgsz": size, "batch": 8, "device": "cpu", "workers": 0, "amp": False, "plots": False}
-    options |= {"val": False, "verbose": False, "optimizer": "AdamW", "lr0": 0.002, "warmup_epochs": 3, "seed": 0}
+    options |= {"val": False, "verbose": False, "optimizer": "AdamW", "lr0": 0.002, "nbs": 8, "warmup_epochs": 3, "seed": 0}
 
     rows = []
     with tempfile.TemporaryDirectory() as folder:
