@@ -1,0 +1,29 @@
+"""Networks of other packages: bitwise identity in both modes, transformed and in place; optimised, close. `-m zoo`."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import strangers
+import torch
+import zoo
+
+#: A package that isn't installed is skipped: `pip install -e '.[strangers]'`.
+CHOSEN = (
+    *("monai/BasicUNet", "monai/FlexibleUNet", "kornia/DISK", "pytorchcv/airnet50_1x64d_r2", "pytorchcv/shufflenetv2_wd2"),
+    *("vit_pytorch/MobileViT", "transformers/MobileNetV2ForImageClassification", "transformers/Swin2SRForImageSuperResolution"),
+    *("diffusers/UNet2DModel", "diffusers/AutoencoderKL"),
+)
+
+
+@pytest.mark.zoo
+@pytest.mark.parametrize("name", CHOSEN)
+@torch.no_grad()
+def test_strangers(name: str) -> None:
+    pytest.importorskip(name.partition("/")[0])
+    row = zoo.check_stranger(name, strangers.strangers_attempts, (False, True))
+    assert row is not None
+    assert (row.result, row.sites > 0) == ("equal", True), row
+    off, precision = re.fullmatch(r"(\S+) \((\w+)\)", row.optimized).groups()
+    assert float(off) < (1e-9 if precision == "float64" else 1e-4), row
