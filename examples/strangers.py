@@ -115,11 +115,16 @@ fastscnn_cityscapes lednet_cityscapes bisenet_resnet18_celebamaskhq simplepose_r
 def pytorchcv() -> Iterator[tuple[str, Callable[[], nn.Module], Any]]:
     sizes = {"diaresnet20_cifar10": 32, "lednet_cityscapes": 128, "sinet_cityscapes": 128, "fastscnn_cityscapes": 128}
     sizes |= {"bisenet_resnet18_celebamaskhq": 128, "simplepose_resnet18_coco": 64}
+    pairs = ("bam_resnet18", "ghostnet", "resnesta18", "scnet50", "sknet50")  # whose norms of vectors want two in train mode
     sizes |= {"inceptionv4": 299, "polynet": 331, "xception": 299}
     for name in PYTORCHCV:
         size = sizes.get(name, 224)
         options = {"in_size": (size, size)} if size in (64, 128) else {}
-        yield name, made("pytorchcv.model_provider", "get_model", name, **options), image(size, batch=2 if size < 200 else 1)
+        yield (
+            name,
+            made("pytorchcv.model_provider", "get_model", name, **options),
+            image(size, batch=2 if size < 200 or name in pairs else 1),
+        )
 
 
 def pretrainedmodels() -> Iterator[tuple[str, Callable[[], nn.Module], Any]]:

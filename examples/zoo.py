@@ -165,6 +165,8 @@ def same(a: Any, b: Any) -> bool:
 
 
 def same_leaf(a: Any, b: Any) -> bool:
+    if dataclasses.is_dataclass(a) and type(a) is type(b):
+        return same(vars(a), vars(b))
     if not isinstance(a, Tensor):
         return bool(type(a) is type(b) and a == b)
     if a.shape != b.shape or a.dtype != b.dtype:
@@ -282,11 +284,16 @@ def difference(model: nn.Module, args: tuple[Any, ...]) -> str:
         given = args
         expected, word = rewritten.float()(*given), "float32"
     outputs = expected, se_fx.optimize_for_inference(rewritten)(*given)
-    pairs = [leaves for leaves in zip(*map(tree_leaves, outputs), strict=True) if isinstance(leaves[0], Tensor)]
+    pairs = [each for each in zip(*map(leaves_of, outputs), strict=True) if isinstance(each[0], Tensor)]
     off = max(
         float((a - b).abs().max() / a.abs().max().clamp(min=1e-30)) for a, b in pairs if a.is_floating_point() and a.numel()
     )
     return f"{off:.0e} ({word})"
+
+
+def leaves_of(value: Any) -> list[Any]:
+    leaves = (leaves_of(vars(leaf)) if dataclasses.is_dataclass(leaf) else [leaf] for leaf in tree_leaves(value))
+    return [leaf for each in leaves for leaf in each]
 
 
 def load(

@@ -23,6 +23,7 @@ from se_fx.regions import (
     clone,
     copied,
     excite,
+    names_run_by,
     own_class,
     restore_code,
     run_graphs,
@@ -86,18 +87,34 @@ def _insert(model: nn.Module, capture: Capture, insertions: Mapping[str, list[In
 
 def _excite_alone(model: nn.Module, path: str, block: nn.Module) -> None:
     """Have a lone conv scale what it returns, by a block that stands in the module around it."""
-    home = _home(model, path.rpartition(".")[0])
+    home = _home(model, path.rpartition(".")[0], path)
     container, _, name = hold(model, home if path else "", path, block)
     excite(model.get_submodule(path), container, name)
     run_own_code(model.get_submodule(home))
-    _notice_loss(model, home, path.removeprefix(f"{home}.") if home else path)
+    _notice_loss(model, home, path[len(home) :].lstrip("."))
 
 
-def _home(root: nn.Module, path: str) -> str:
-    """The module around one that may hold blocks: not a list or dict, through which code goes item by item."""
+def _home(model: nn.Module, path: str, scaling: str, base: str = "") -> str:
+    """The module that may hold the block of one that scales what it returns: `path`, or around it, or that module itself.
+
+    Around lists and dicts, which code goes through item by item. Where the code of any module around asks what the children of
+    modules are, the block must be none of them.
+
+    Args:
+        model: the model.
+        path: a module's name in the one at `base`.
+        scaling: the scaling module's, likewise.
+        base: where the names begin.
+    """
+    root = model.get_submodule(base)
     while path and isinstance(root.get_submodule(path), (nn.ModuleList, nn.ModuleDict)):
         path = path.rpartition(".")[0]
-    return path
+    names = [name for name in f"{base}.{path}".split(".") if name]
+    around: list[Any] = [own_class(model.get_submodule(".".join(names[:depth]))) for depth in range(len(names) + 1)]
+    return path if all(names_run_by(own).isdisjoint(_CHILDREN) for own in around) else scaling
+
+
+_CHILDREN = frozenset({"_modules", "children", "modules", "named_children", "named_modules"})
 
 
 def _notice_loss(model: nn.Module, base: str, path: str) -> None:
@@ -150,7 +167,8 @@ class _Furnished:
         home = seat.host
         if seat.returns is not None and any(True for _ in self.module.get_submodule(seat.returns).children()):
             home = seat.returns  # else it stays a module without children, of which tools know what it is
-        home = _home(self.module, home)
+        if seat.returns is not None:
+            home = _home(self.model, home, seat.returns, self.region.path)
         container, target, name = hold(
             self.model, self.region.qualified(home), self.region.qualified(insertion.name), insertion.block
         )

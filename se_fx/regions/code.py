@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-__all__ = ["asked_of_others", "set_by", "words"]
+__all__ = ["asked_of_others", "names_run_by", "set_by", "words"]
 
 #: By which attributes are read and set whose names are strings.
 _READS = frozenset({"getattr", "hasattr", "attrgetter", "vars", "__dict__", "__getattribute__"})
@@ -81,12 +81,26 @@ def asked_of_others(own: Hashable) -> frozenset[str]:
 @functools.cache
 def set_by(own: Hashable, *, with_own: bool = False) -> frozenset[str]:
     """The attributes that a class's `forward`, and what it knows by name, sets of anything but `self`, or of that, too."""
-    known: dict[str, tuple[Any, str | None]] = {}  # and the file that a function stands in
+    codes = _run_by(own)
+    names = (_of_others(code, None if file or with_own else _self(code), "STORE") for code, file in codes)
+    return frozenset().union(*names)
+
+
+@functools.cache
+def names_run_by(own: Hashable) -> frozenset[str]:
+    """All names that a class's `forward` knows, and what it knows by name."""
+    return frozenset().union(*(code.co_names for code, _ in _run_by(own)))
+
+
+@functools.cache
+def _run_by(own: Hashable) -> tuple[tuple[types.CodeType, str | None], ...]:
+    """The code of a class's `forward`, and of methods and functions that it knows by name; the file that a function is of."""
+    known: dict[str, tuple[Any, str | None]] = {}
     for methods, (functions, home) in _sources(own):
         for values, file in ((methods, None), (functions, home)):
             for name, value in values.items():
                 known.setdefault(name, (value, file))
-    found: set[str] = set()
+    found: list[tuple[types.CodeType, str | None]] = []
     seen, names = set[str](), ["forward"]
     while names:
         name = names.pop()
@@ -95,9 +109,9 @@ def set_by(own: Hashable, *, with_own: bool = False) -> frozenset[str]:
         seen.add(name)
         value, file = known[name]
         for code in _codes(_held(name, value), file):
-            found.update(_of_others(code, None if file or with_own else _self(code), "STORE"))
+            found.append((code, file))
             names += code.co_names
-    return frozenset(found)
+    return tuple(found)
 
 
 def _held(name: str, value: Any) -> dict[str, Any]:
