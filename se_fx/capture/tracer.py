@@ -22,7 +22,7 @@ from se_fx.capture.randomness import random_state, set_random_state
 from se_fx.capture.snapshot import Snapshot
 from se_fx.capture.values import CHECKPOINT, CHECKPOINTS, WRITES, Value, watched
 from se_fx.errors import reason_of
-from se_fx.regions import EXCITE, UNSCALED, excitement, hooked, reserve_names
+from se_fx.regions import EXCITE, UNSCALED, excitement, hooked, may_return_none, own_class, reserve_names
 
 __all__ = ["DRAWS", "EXCITED", "Tracer"]
 
@@ -87,6 +87,7 @@ class Tracer(fx.Tracer):
                 raise self.refuse(f"calls a {type(m).__name__}, whose __call__ is its own")
             if self.snapshot is not None and self.snapshot.changed(m):
                 raise self.refuse(WRITES)
+            self._check_result(m)
             blocks = [] if EXCITE in kwargs else excitement(m)
             output = super().call_module(m, forward, args, {**kwargs, EXCITE: False} if blocks else kwargs)
             for container, block in blocks:  # seen as nodes of their own
@@ -116,7 +117,14 @@ class Tracer(fx.Tracer):
             self.opaque[name] = reason_of(error)
             if self.watch and self.snapshot is not None:
                 self.snapshot.restore()
+            self._check_result(m)
             return super().call_module(m, forward, args, kwargs)
+
+    def _check_result(self, module: nn.Module) -> None:
+        """Whether a value is None can be asked without anybody's knowing: `x is None`."""
+        own: Any = own_class(module)
+        if may_return_none(own):
+            raise self.refuse(f"calls a {own.__name__}, which may return None")
 
     def _check_writes(self) -> None:
         """While watching: undo what the code that runs now has changed, lest others be blamed too, and refuse it."""

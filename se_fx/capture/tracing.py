@@ -176,8 +176,9 @@ class Tracing:
     def _goes_the_same_way(self, graph: fx.Graph, values: dict[str, Any]) -> bool:
         try:
             return _agree(graph, self._trace(False, values), values)
-        except Untraceable:
-            return all(value is None for value in values.values())  # and so would the graph fail, run on None
+        except Untraceable as untraceable:
+            failed = untraceable.__cause__ is not None and not isinstance(untraceable.__cause__, fx.proxy.TraceError)
+            return failed and all(value is None for value in values.values())  # and so would the graph fail, run on None
 
 
 def _agree(a: fx.Graph, b: fx.Graph, inputs: dict[str, Any] | None = None) -> bool:

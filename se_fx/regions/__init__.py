@@ -5,7 +5,7 @@ Knows nothing of how graphs are made, nor of Squeeze-and-Excitation.
 
 from se_fx.regions.classes import GraphRegion
 from se_fx.regions.cloning import clone
-from se_fx.regions.code import names_run_by, set_by
+from se_fx.regions.code import may_return_none, names_run_by, set_by
 from se_fx.regions.forwards import EXCITE, UNSCALED
 from se_fx.regions.freshness import hooked, reached, watch
 from se_fx.regions.running import (
@@ -38,6 +38,7 @@ __all__ = [
     "excitement",
     "graphs_of",
     "hooked",
+    "may_return_none",
     "names_run_by",
     "own_class",
     "reached",

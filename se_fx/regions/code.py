@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-__all__ = ["asked_of_others", "names_run_by", "set_by", "words"]
+__all__ = ["asked_of_others", "may_return_none", "names_run_by", "set_by", "words"]
 
 #: By which attributes are read and set whose names are strings.
 _READS = frozenset({"getattr", "hasattr", "attrgetter", "vars", "__dict__", "__getattribute__"})
@@ -84,6 +84,22 @@ def set_by(own: Hashable, *, with_own: bool = False) -> frozenset[str]:
     codes = _run_by(own)
     names = (_of_others(code, None if file or with_own else _self(code), "STORE") for code, file in codes)
     return frozenset().union(*names)
+
+
+@functools.cache
+def may_return_none(own: Any) -> bool:
+    """Whether a class's `forward`, other than PyTorch's, returns None somewhere."""
+    forward = getattr(own, "forward", None)
+    if type(forward) is not types.FunctionType or forward.__module__.startswith("torch."):
+        return False
+    before: Any = None
+    for each in dis.get_instructions(forward.__code__):
+        if each.opname == "RETURN_CONST" and each.argval is None:
+            return True
+        if each.opname == "RETURN_VALUE" and before is not None and before.opname == "LOAD_CONST" and before.argval is None:
+            return True
+        before = each
+    return False
 
 
 @functools.cache

@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from two_convs import Model, X, assert_same, outputs, rewritten
 
+import se_fx
+
 
 class DropPath(Model):
     """Stochastic depth in the way of EfficientNet-Lite0: a random tensor of a traced size."""
@@ -228,3 +230,36 @@ def test_code_that_goes_through_all_parameters_finds_the_blocks_among_them() -> 
     penalty = sum(p.square().sum() for p in result.parameters())
     assert torch.equal(result(X), result.second(result.first(X)) + penalty)
     assert any("squeeze_excite" in name for name, p in result.named_parameters() if p.any())
+
+
+class Skip(nn.Module):
+    """A part of some networks that is left out, or is at times."""
+
+    def __init__(self, always: bool) -> None:
+        super().__init__()
+        self.always = always
+
+    def forward(self, x: Tensor) -> Tensor | None:
+        return None if self.always or not self.training else 2 * x
+
+
+@pytest.mark.parametrize("always", [False, True])
+def test_a_part_that_may_return_none(always: bool) -> None:
+    """`y is None` asks nobody."""
+
+    class Sums(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.skip = nn.Conv2d(3, 3, 1), Skip(always)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y, z = self.conv(x), self.skip(x)
+            return y if z is None else y + z
+
+    model, x = Sums(), torch.randn(2, 3, 5, 5)
+    result = se_fx.transform(model, min_channels=1, latent_channels=2, init="identity")
+    assert len(se_fx.blocks_of(result)) == 1
+    for training in (True, False):
+        assert torch.equal(result.train(training)(x), model.train(training)(x))
+    fast = se_fx.optimize_for_inference(result.eval())
+    assert torch.allclose(fast(x), model(x), atol=1e-6)
