@@ -93,10 +93,21 @@ def may_return_none(own: Any) -> bool:
     if type(forward) is not types.FunctionType or forward.__module__.startswith("torch."):
         return False
     before: Any = None
+    nothing: set[Any] = set()  # variables that are None at times
     for each in dis.get_instructions(forward.__code__):
+        is_none = before is not None and before.opname == "LOAD_CONST" and before.argval is None
+        if is_none and each.opname == "STORE_FAST":
+            nothing.add(each.argval)
         if each.opname == "RETURN_CONST" and each.argval is None:
             return True
-        if each.opname == "RETURN_VALUE" and before is not None and before.opname == "LOAD_CONST" and before.argval is None:
+        if is_none and (each.opname == "RETURN_VALUE" or each.opname.startswith("JUMP")):
+            return True
+        if (
+            each.opname == "RETURN_VALUE"
+            and before is not None
+            and before.opname.startswith("LOAD_FAST")
+            and before.argval in nothing
+        ):
             return True
         before = each
     return False
