@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import inspect
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -139,10 +140,13 @@ def pretrainedmodels() -> Iterator[tuple[str, Callable[[], nn.Module], Any]]:
 def super_image() -> Iterator[tuple[str, Callable[[], nn.Module], Any]]:
     def network(name: str) -> nn.Module:
         home = importlib.import_module("super_image")
-        return getattr(home, f"{name}Model")(getattr(home, f"{name}Config")(scale=2))
+        config = getattr(home, f"{name}Config")
+        small = {"n_resgroups": 2, "n_resblocks": 2, "n_feats": 32, "reduction": 4}
+        known = inspect.signature(config.__init__).parameters
+        return getattr(home, f"{name}Model")(config(scale=2, **{key: value for key, value in small.items() if key in known}))
 
-    for name in ("A2n", "Awsrn", "Carn", "Ddbpn", "Drln", "Drn", "Edsr", "Han", "Mdsr", "Msrn", "Pan", "Rcan", "Rnan"):
-        yield name, functools.partial(network, name), image(24)
+    for name in ("A2n", "Awsrn", "Carn", "Ddbpn", "Drn", "Edsr", "Han", "Mdsr", "Msrn", "Pan", "Rcan", "Rnan"):
+        yield name, functools.partial(network, name), image(16)
 
 
 def vit_pytorch() -> Iterator[tuple[str, Callable[[], nn.Module], Any]]:

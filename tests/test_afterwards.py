@@ -502,3 +502,42 @@ def test_attributes_of_other_modules_that_code_has_read(kind: str, in_place: boo
         for each in (model, result):
             setattr(each.held, name, value)
         assert torch.equal(result(x), model(x))
+
+
+class Mixes(nn.Module):
+    """Convolutions of parts of the channels, which code goes through as children: its own, or those of a Sequential."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how, parts = how, [nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 3, padding=1)]
+        if how == "of a Sequential":
+            self.parts = nn.Sequential(*parts)
+        else:
+            self.left, self.right = parts
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.how == "of a Sequential":
+            parts = list(self.parts.children())
+        else:
+            parts = list(self._modules.values()) if self.how == "its modules" else list(self.children())
+        return torch.cat([part(piece) for piece, part in zip(x.split(4, 1), parts, strict=False)], 1)
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+@pytest.mark.parametrize("within", [False, True])
+@pytest.mark.parametrize("how", ["its modules", "its children", "of a Sequential"])
+def test_code_that_goes_through_children_finds_no_block_among_them(how: str, within: bool, in_place: bool) -> None:
+    model = nn.Sequential(Mixes(how), nn.BatchNorm2d(8)).eval() if within else Mixes(how).eval()
+    options: Any = {"min_channels": 1, "latent_channels": 2, "init": "identity"}
+    result = copy.deepcopy(model)
+    if in_place:
+        se_fx.apply_squeeze_excite(result, **options)
+    else:
+        result = se_fx.transform(result, **options)
+    x = torch.randn(2, 8, 5, 5)
+    assert len(se_fx.blocks_of(result)) == 2
+    assert torch.equal(result(x), model(x))
+    hook = result.register_forward_hook(lambda module, args, output: None)  # whose code may run then
+    assert torch.equal(result(x), model(x))
+    hook.remove()
+    assert se_fx.remove(result).state_dict().keys() == model.state_dict().keys()

@@ -69,6 +69,55 @@ def test_every_placement(name: str) -> None:
         assert type(se_fx.remove(rewritten)) is type(model)
 
 
+#: One of each kind of code; all of them: `python examples/zoo.py torchvision --in-place --train`, and timm.
+IN_PLACE = {
+    "torchvision": (
+        *("densenet121", "efficientnet_b0", "googlenet", "mnasnet0_5", "mobilenet_v3_small", "regnet_y_400mf", "resnet18"),
+        *(
+            "shufflenet_v2_x0_5",
+            "squeezenet1_0",
+            "swin_t",
+            "vit_b_32",
+            "lraspp_mobilenet_v3_large",
+            "ssdlite320_mobilenet_v3_large",
+        ),
+    ),
+    "timm": (
+        *(
+            "cspdarknet53",
+            "dla34",
+            "edgenext_xx_small",
+            "fastvit_t8",
+            "ghostnet_100",
+            "hgnet_tiny",
+            "levit_128s",
+            "nf_regnet_b0",
+        ),
+        *(
+            "mobileone_s0",
+            "mobilevit_xxs",
+            "repvgg_a0",
+            "repvit_m0_9",
+            "res2net50_26w_4s",
+            "skresnet18",
+            "starnet_s1",
+            "xception41",
+        ),
+    ),
+}
+
+
+@pytest.mark.zoo
+@pytest.mark.parametrize(("kind", "name"), [(kind, name) for kind, names in IN_PLACE.items() for name in names])
+@torch.no_grad()
+def test_in_place(kind: str, name: str) -> None:
+    """At every placement, in both modes: outputs and statistics bitwise; class, modules, tensors the same objects; undone."""
+    row = zoo.check_in_place(name, zoo.ZOOS[kind][1], (False, True))
+    assert row is not None
+    assert row.result == "equal", row
+    assert row.sites > 0
+
+
 COUNTED = [
     name for kind in ("segmentation", "video") for name in torchvision.models.list_models(getattr(torchvision.models, kind))
 ]
