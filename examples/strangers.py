@@ -132,7 +132,7 @@ def pretrainedmodels() -> Iterator[tuple[str, Callable[[], nn.Module], Any]]:
     sizes = {"inceptionv4": 299, "inceptionresnetv2": 299, "xception": 299}
     for name in (
         *("bninception", "cafferesnet101", "dpn68", "fbresnet152", "inceptionresnetv2", "inceptionv4", "nasnetamobile"),
-        *("resnext101_32x4d", "se_resnet50", "se_resnext50_32x4d", "xception"),
+        *("se_resnet50", "se_resnext50_32x4d", "xception"),
     ):
         yield name, made("pretrainedmodels", name, pretrained=None), image(sizes.get(name, 224), batch=1)
 
@@ -145,7 +145,7 @@ def super_image() -> Iterator[tuple[str, Callable[[], nn.Module], Any]]:
         known = inspect.signature(config.__init__).parameters
         return getattr(home, f"{name}Model")(config(scale=2, **{key: value for key, value in small.items() if key in known}))
 
-    for name in ("A2n", "Awsrn", "Carn", "Ddbpn", "Drn", "Edsr", "Han", "Mdsr", "Msrn", "Pan", "Rcan", "Rnan"):
+    for name in ("A2n", "Awsrn", "Carn", "Ddbpn", "Drn", "Edsr", "Mdsr", "Msrn", "Pan", "Rcan", "Rnan"):
         yield name, functools.partial(network, name), image(16)
 
 
