@@ -201,7 +201,7 @@ def test_fuse_modules_and_folding_by_hand_are_refused() -> None:
     fused = torch.nn.utils.fusion.fuse_conv_bn_eval
     for insert in (transformed, applied):
         full = insert(network(), placement="conv")
-        with pytest.raises(AssertionError, match="did not find fuser method"):
+        with pytest.raises(AssertionError, match='Conv2d scaled by a .*placement="activation" or "residual" or use se_fx.opt'):
             torch.ao.quantization.fuse_modules(full, [["stages.0.conv1", "stages.0.norm1"]])
         unit = full.stages[0]
         plain = se_fx.remove(full).stages[0]
@@ -212,6 +212,46 @@ def test_fuse_modules_and_folding_by_hand_are_refused() -> None:
         del full.stages[1].norm2
         with pytest.raises(se_fx.SqueezeExciteError, match=r"Unit: norm2 was deleted, and with it .*se_fx.remove"):
             full(X)
+
+
+class Fusible(nn.Module):
+    """All that PyTorch fuses in evaluation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU())
+        self.conv1, self.norm1, self.relu1 = nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU()
+        self.conv2, self.norm2, self.relu2 = nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU()
+        self.conv3, self.relu3 = nn.Conv2d(8, 8, 1), nn.ReLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        x = self.relu2(self.norm2(self.conv2(self.relu1(self.norm1(self.conv1(x))))) + x)
+        return self.relu3(self.conv3(x))
+
+
+FUSIBLE = ["first.0 first.1 first.2", "first.0 first.1", "first.1 first.2", "conv1 norm1 relu1", "conv1 norm1", "norm1 relu1"]
+FUSIBLE += ["conv2 norm2", "conv3 relu3"]
+
+
+@pytest.mark.parametrize("placement", ["conv", "norm", "activation", "residual"])
+@BOTH
+def test_what_pytorch_fuses_is_right_or_says_what_to_do(insert: Callable[..., nn.Module], placement: str) -> None:
+    fuse, refused = torch.ao.quantization.fuse_modules, []
+    for names in FUSIBLE:
+        model = settled(Fusible())
+        torch.testing.assert_close(fuse(model, [names.split()])(X), model(X), rtol=1e-4, atol=1e-5)
+        full = insert(model, placement=placement)
+        expected = full(X)
+        try:
+            found = fuse(full, [names.split()])(X)
+        except (AssertionError, se_fx.SqueezeExciteError) as error:
+            assert 'placement="activation" or "residual"' in str(error)
+            assert "se_fx.optimize_for_inference" in str(error)
+            refused.append(names)
+        else:
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    assert len(refused) == {"conv": 8, "norm": 7, "activation": 5, "residual": 1}[placement]
 
 
 class Branches(nn.Module):

@@ -309,14 +309,23 @@ def _class(
 _of_code: weakref.WeakKeyDictionary[type[nn.Module], dict[bool, type[nn.Module]]] = weakref.WeakKeyDictionary()
 
 
+#: Without the commas and brackets by which `torch.export.save` splits what it writes about modules.
+_SCALED = (
+    " scaled by a Squeeze-and-Excitation block - fuse what stands before it alone or place blocks behind what is fused "
+    'by placement="activation" or "residual" or use se_fx.optimize_for_inference'
+)
+
+
 def _made_class(
     own: type[nn.Module], region: Forwards | None, host: Forwards | None, own_graph: fx.Graph | None, *, excited: bool
 ) -> type[nn.Module]:
+    # What scales its values is no leaf for the tracers of others, which look at the module; tables of others, of what can be fused
+    # say, don't have it, and what they say of that shows the name.
+    apart = excited and is_leaf(own)
     body = {
         "__doc__": own.__doc__,
-        # What scales its values is no leaf for the tracers of others, which look here.
-        "__module__": __name__ if excited and is_leaf(own) else own.__module__,
-        "__qualname__": own.__qualname__,
+        "__module__": __name__ if apart else own.__module__,
+        "__qualname__": own.__qualname__ + _SCALED if apart else own.__qualname__,
         "_own_class": own,
         "_own_graph": own_graph,
         "_host": host,
