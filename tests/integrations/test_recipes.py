@@ -1,11 +1,14 @@
 """docs/recipes.md with the packages that it is about: Transformers, segmentation_models_pytorch, peft, Ultralytics, torchinfo.
 
-Each needs its package (`pip install -e '.[recipes]'`) and is skipped without. Nothing is downloaded: weights are random.
+The page's own code runs, with names of downloads replaced by those of small random models. Each test needs its package
+(`pip install -e '.[recipes]'`) and is skipped without.
 """
 
 from __future__ import annotations
 
 import copy
+import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -20,7 +23,32 @@ import se_fx
 
 pytestmark = pytest.mark.integration
 OPTIONS: dict[str, Any] = {"latent_channels": 1 / 4, "min_channels": 1, "placement": "residual", "init": "identity"}
-EXAMPLES = Path(__file__).parents[2] / "examples"
+ROOT = Path(__file__).parents[2]
+
+
+def code_of(section: str, replaced: dict[str, str]) -> str:
+    """The code of a section of the page, with something else for what it downloads."""
+    text = re.split(r"^## ", (ROOT / "docs/recipes.md").read_text("utf-8"), flags=re.MULTILINE)
+    (found,) = (part for part in text if part.startswith(f"{section}\n"))
+    (code,) = re.findall(r"^```\{code-block\} python\n(.*?)^```$", found, re.MULTILINE | re.DOTALL)
+    for old, new in replaced.items():
+        assert code.count(old) == 1, f"{section} has no {old} any more, or several"
+        code = code.replace(old, new)
+    return str(code)
+
+
+@pytest.fixture
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder to work in, where Ultralytics keeps its settings and runs, too; nothing is downloaded."""
+    environment = {
+        "YOLO_CONFIG_DIR": str(tmp_path),
+        "YOLO_OFFLINE": "true",
+        "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'examples'}",
+    }
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
 
 
 def trained_a_little(model: nn.Module) -> None:
@@ -31,32 +59,35 @@ def trained_a_little(model: nn.Module) -> None:
 
 
 # ----------------------------------------------------------------------------------------------------------- Hugging Face
-def test_transformers(tmp_path: Path) -> None:
+def test_transformers(elsewhere: Path) -> None:
     """Blocks into a pretrained model, the Trainer, and back through a subclass that has them from the start."""
     transformers = pytest.importorskip("transformers")
     pytest.importorskip("accelerate")
-    config = transformers.ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic", num_labels=3)
-    transformers.ResNetForImageClassification(config).save_pretrained(tmp_path / "pretrained")
+    config = transformers.ResNetConfig(
+        embedding_size=16, hidden_sizes=[16, 32], depths=[1, 1], layer_type="basic", num_labels=3
+    )
+    original = transformers.ResNetForImageClassification(config).eval()
+    original.save_pretrained("pretrained")
+    x = torch.randn(2, 3, 32, 32)
+    before: list[torch.Tensor] = []
 
-    model = transformers.ResNetForImageClassification.from_pretrained(tmp_path / "pretrained")
-    original, x = copy.deepcopy(model).eval(), torch.randn(2, 3, 32, 32)
-    se_fx.apply_squeeze_excite(model, **OPTIONS)
-    assert torch.equal(model.eval()(x).logits, original(x).logits)
-    data = [{"pixel_values": torch.randn(3, 32, 32), "labels": index % 3} for index in range(8)]
-    settings = {"max_steps": 2, "per_device_train_batch_size": 4, "report_to": [], "use_cpu": True, "learning_rate": 0.1}
-    arguments = transformers.TrainingArguments(output_dir=str(tmp_path / "runs"), **settings)
-    transformers.Trainer(model=model, args=arguments, train_dataset=data).train()
-    model.save_pretrained(tmp_path / "trained")
+    def train(model: Any) -> None:
+        before.append(model.eval()(x).logits)
+        data = [{"pixel_values": torch.randn(3, 32, 32), "labels": index % 3} for index in range(8)]
+        settings = {"max_steps": 3, "per_device_train_batch_size": 4, "report_to": [], "use_cpu": True, "learning_rate": 0.1}
+        arguments = transformers.TrainingArguments(output_dir="runs", **settings)
+        transformers.Trainer(model=model, args=arguments, train_dataset=data).train()
+        names["trained"] = model
 
-    class SEResNetForImageClassification(transformers.ResNetForImageClassification):  # type: ignore[name-defined,misc]
-        def __init__(self, config: Any) -> None:
-            super().__init__(config)
-            se_fx.apply_squeeze_excite(self, **OPTIONS)
-
-    again = SEResNetForImageClassification.from_pretrained(tmp_path / "trained")
-    assert len(se_fx.blocks_of(again)) == len(se_fx.blocks_of(model)) == 2
+    names: dict[str, Any] = {"train": train}
+    replaced = {"microsoft/resnet-18": "pretrained", "...  # Trainer(model=model, ...).train()": "train(model)"}
+    exec(code_of("Hugging Face", replaced), names)
+    assert torch.equal(before[0], original(x).logits)
+    trained, again = names["trained"].eval(), names["model"].eval()
+    assert type(again) is not type(trained)
+    assert len(se_fx.blocks_of(again)) == len(se_fx.blocks_of(trained)) == 2
     with torch.no_grad():
-        found, expected = again.eval()(x).logits, model.eval()(x).logits
+        found, expected = again(x).logits, trained(x).logits
         assert torch.equal(found, expected)
         with se_fx.bypassed(again):
             assert not torch.equal(again(x).logits, found)  # they have learnt
@@ -67,12 +98,13 @@ def test_transformers(tmp_path: Path) -> None:
 def test_segmentation_models(way: str) -> None:
     """Encoder and decoder called apart are the whole, blocks included; blocks in the decoder alone."""
     smp = pytest.importorskip("segmentation_models_pytorch")
-    model = smp.Unet("resnet18", encoder_weights=None).eval()
-    options = OPTIONS | {"placement": "activation", "where": "decoder.*", "latent_channels": 4}
-    if way == "in place":
-        se_fx.apply_squeeze_excite(model, **options)
-    else:
-        model = se_fx.transform(model, **options)
+    names: dict[str, Any] = {"se_fx": se_fx}
+    exec(code_of("segmentation_models_pytorch", {'encoder_weights="imagenet"': "encoder_weights=None"}), names)
+    model = names["model"].eval()
+    if way == "transform":
+        options: dict[str, Any] = {"latent_channels": 16, "min_channels": 64, "placement": "activation", "where": "decoder.*"}
+        model = se_fx.transform(smp.Unet("resnet18", encoder_weights=None).eval(), **options, init="identity")
+        assert model.load_state_dict(names["model"].state_dict())
     assert se_fx.blocks_of(model)
     assert all(path.startswith("decoder.") for path in se_fx.blocks_of(model))
     trained_a_little(model)
@@ -91,13 +123,21 @@ def test_peft() -> None:
     model = timm.create_model("resnet18", num_classes=4).eval()
     se_fx.apply_squeeze_excite(model, **OPTIONS | {"placement": "conv"})
     trained_a_little(model)
-    adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules=["conv1"], init_lora_weights=False)).eval()
+    x = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        model_before = model(x)
+    names: dict[str, Any] = {"model": model}
+    exec(code_of("peft", {}), names)
+    adapted = names["adapted"].eval()
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:  # zero at the start
+            nn.init.normal_(parameter, 0, 0.1)
     wrapped = [name for name, module in adapted.named_modules() if isinstance(module, peft.tuners.lora.layer.LoraLayer)]
     assert len(wrapped) == 9
     assert all(name.endswith("conv1") for name in wrapped)
-    x = torch.randn(2, 3, 64, 64)
     with torch.no_grad():
         expected = adapted(x)
+        assert not torch.allclose(adapted.get_base_model()(x), model_before, rtol=1e-3, atol=1e-3)  # they do something
         merged = adapted.merge_and_unload()
         torch.testing.assert_close(merged(x), expected, rtol=1e-4, atol=1e-4)  # a sum of kernels for a sum of outputs
         assert len(se_fx.blocks_of(merged)) == 20
@@ -114,14 +154,20 @@ def test_torchinfo_counts_convolutions_too(placement: str) -> None:
     assert 0 < added < 0.01 * without
 
 
-@pytest.mark.parametrize("placement", ["norm", "residual"])
-def test_torch_pruning(placement: str) -> None:
+def pruned(model: Any, x: torch.Tensor) -> None:
     pruning = pytest.importorskip("torch_pruning")
-    model, x = timm.create_model("resnet18", num_classes=4).eval(), torch.randn(1, 3, 64, 64)
-    se_fx.apply_squeeze_excite(model, **OPTIONS | {"placement": placement, "latent_channels": 4})
-    before = sum(parameter.numel() for parameter in model.parameters())
     importance = pruning.importance.MagnitudeImportance()
     pruning.pruner.MagnitudePruner(model, x, importance, pruning_ratio=0.5, ignored_layers=[model.fc]).step()
+
+
+@pytest.mark.parametrize("insert", [se_fx.apply_squeeze_excite, se_fx.transform])
+@pytest.mark.parametrize("placement", ["norm", "activation", "residual"])
+def test_torch_pruning(placement: str, insert: Any) -> None:
+    """Blocks lose the channels that their convolutions lose."""
+    model, x = timm.create_model("resnet18", num_classes=4).eval(), torch.randn(1, 3, 64, 64)
+    model = insert(model, **OPTIONS | {"placement": placement, "latent_channels": 4}) or model
+    before = sum(parameter.numel() for parameter in model.parameters())
+    pruned(model, x)
     assert sum(parameter.numel() for parameter in model.parameters()) < 0.5 * before
     assert model(x).shape == (1, 4)
     assert all(
@@ -129,25 +175,68 @@ def test_torch_pruning(placement: str) -> None:
     )
 
 
+def test_torch_pruning_of_scaled_convolutions() -> None:
+    """It takes the product for the convolution, and fails, never silently; blocks can go in afterwards."""
+    model, x = timm.create_model("resnet18", num_classes=4).eval(), torch.randn(1, 3, 64, 64)
+    options = OPTIONS | {"placement": "conv", "latent_channels": 4}
+    scaled = se_fx.transform(model, **options)
+    with pytest.raises(IndexError):
+        pruned(scaled, x)
+    pruned(model, x)
+    expected = model(x)
+    se_fx.apply_squeeze_excite(model, **options)
+    assert torch.equal(model(x), expected)
+    assert len(se_fx.blocks_of(model)) == 20
+
+
 # --------------------------------------------------------------------------------------------------------------------- YOLO
-def test_yolo(tmp_path: Path) -> None:
+def run(command: list[str | Path]) -> str:
+    done = subprocess.run([sys.executable, "-W", "ignore", *command], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
+
+
+def test_the_pages_yolo(elsewhere: Path) -> None:
+    """Training in one process, validation in another, which knows nothing of the trainer."""
+    pytest.importorskip("ultralytics")
+    run(["-c", "import yolo, pathlib; yolo.draw(pathlib.Path(), 64)"])
+    data = str(elsewhere / "data.yaml")
+    settings = 'epochs=1, imgsz=64, device="cpu", workers=0, amp=False, plots=False'
+    replaced = {
+        'train(data="coco8.yaml", epochs=3': f"train(data={data!r}, {settings}",
+        'val(data="coco8.yaml")': f"val(data={data!r})",
+    }
+    training, validation = code_of("YOLO", replaced).rsplit("\n", 2)[:2]
+    (elsewhere / "training.py").write_text(training)
+    (elsewhere / "validation.py").write_text(f"import se_fx\nfrom ultralytics import YOLO\n{validation}\n")
+    run(["training.py"])
+    count = "import se_fx, sys; from ultralytics import YOLO; print(len(se_fx.blocks_of(YOLO(sys.argv[1]).model)))"
+    assert run(["-c", count, "runs/detect/train/weights/last.pt"]).split()[-1] == "57"
+    run(["validation.py"])
+
+
+def test_yolo(elsewhere: Path) -> None:
     """Trained, validated unfused and fused, exported to ONNX and run, trained further in a new process; "conv" is refused."""
     pytest.importorskip("ultralytics")
-    run = [sys.executable, "-W", "ignore", str(EXAMPLES / "yolo.py"), "--quick", "--ways", "in-place", "transform"]
-    done = subprocess.run(run, capture_output=True, text=True, cwd=tmp_path, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
-    rows = [line.split() for line in done.stdout.splitlines() if line.startswith("yolov8n ")][-2:]
-    for _, _, _, blocks, before, fused, off, exported in rows:
-        assert (int(blocks), before) == (57, fused)
-        assert float(off) < 1e-5
-        assert float(exported) < 1e-4
-    assert "trained further in a new process: 57 blocks" in done.stdout
-    assert 'Use placement="activation" or "residual"' in done.stdout
+    printed = run([ROOT / "examples/yolo.py", "--quick", "--ways", "in-place", "transform"])
+    rows = [line.split() for line in printed.splitlines() if line.startswith("yolov8n ")]
+    assert [row[1] for row in rows[-2:]] == ["in-place", "transform"]
+    for _, _, _, blocks, before, fused, without, off, exported in rows[-2:]:
+        assert int(blocks) == 57
+        assert float(before) > 0.1
+        assert abs(float(before) - float(fused)) <= 0.005
+        assert without != fused  # the blocks do something
+        assert float(off) < 1e-4
+        assert float(exported) < 1e-3
+    assert "trained further in a new process: 57 blocks" in printed
+    assert 'Use placement="activation" or "residual"' in printed
 
 
+@pytest.mark.parametrize("insert", [se_fx.apply_squeeze_excite, se_fx.transform])
 @pytest.mark.parametrize("placement", ["activation", "residual", "conv", "norm"])
-@pytest.mark.parametrize("name", ["yolov8n", "yolo11n", "yolov9t"])
-def test_yolos_fused(name: str, placement: str) -> None:
+@pytest.mark.parametrize("name", ["yolov8n", "yolo11n", "yolo26n", "yolov9t"])
+@pytest.mark.usefixtures("elsewhere")
+def test_yolos_fused(name: str, placement: str, insert: Any) -> None:
     """With norms that do something: raw outputs before and after `fuse()`, or an error that names the way out."""
     tasks = pytest.importorskip("ultralytics.nn.tasks")
     torch.manual_seed(0)
@@ -155,7 +244,7 @@ def test_yolos_fused(name: str, placement: str) -> None:
     for norm in (module for module in model.modules() if isinstance(module, nn.BatchNorm2d)):
         nn.init.normal_(norm.running_mean, 0, 0.1)
         nn.init.uniform_(norm.running_var, 0.5, 1.5)
-    se_fx.apply_squeeze_excite(model, **OPTIONS | {"placement": placement, "min_channels": 16})
+    model = insert(model, **OPTIONS | {"placement": placement, "min_channels": 16}) or model
     trained_a_little(model)
     x = torch.rand(1, 3, 64, 64)
     with torch.no_grad():
