@@ -319,7 +319,7 @@ _SCALED = (
 def _made_class(
     own: type[nn.Module], region: Forwards | None, host: Forwards | None, own_graph: fx.Graph | None, *, excited: bool
 ) -> type[nn.Module]:
-    # What scales its values is no leaf for the tracers of others, which look at the module. Tables of others don't have it, such
+    # What scales its values is no leaf for the tracers of others, which look at the module. Tables of others lack it, such
     # as that of what can be fused, and what they say of that shows the name.
     apart = excited and is_leaf(own)
     body = {
