@@ -1,9 +1,10 @@
 """What Squeeze-and-Excitation costs in training, as it is and optimised: time of a step, memory, the batch that fits.
 
-Networks without blocks, with them, and what `se_fx.optimize_for_training` makes of these. All variants of a network are timed
-in one run: each round times each once, and ratios, to the network without blocks, are those of a round. Peak memory
-is measured; the bytes that autograd keeps are counted. The largest batch is the one whose kept bytes, with two times the
-parameters (weights and gradients), are within ``--gib``. Weights and inputs are random: neither changes what is computed.
+Networks without blocks, with them, and what `se_fx.optimize_for_training` makes of these, with ``--compiled`` also by
+``exact=False``. All variants of a network are timed in one run: each round times each once, and ratios, to the network without
+blocks, are those of a round. Peak memory is measured; the bytes that autograd keeps are counted. The largest batch is the one
+whose kept bytes, with two times the parameters (weights and gradients), are within ``--gib``. Weights and inputs are random:
+neither changes what is computed.
 
     python examples/benchmarks/training.py
     python examples/benchmarks/training.py --compiled --channels-last
@@ -67,7 +68,7 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], dict[str, Callable[[], nn.Mod
 }
 
 
-def variants(name: str) -> dict[str, nn.Module]:
+def variants(name: str, compiled: bool) -> dict[str, nn.Module]:
     plain, blocks = NETWORKS[name]
     models = {f"{name}, no blocks": plain()}
     for title, make in blocks.items():
@@ -76,6 +77,8 @@ def variants(name: str) -> dict[str, nn.Module]:
         except ImportError:
             continue
         models |= {title: model, f"{title}, optimised": se_fx.optimize_for_training(model)}
+        if compiled:
+            models[f"{title}, not exact"] = se_fx.optimize_for_training(model, exact=False)
     return models
 
 
@@ -104,7 +107,7 @@ def main() -> None:
         arguments.size, arguments.batch, arguments.rounds = 64, 2, 2
 
     for name in arguments.networks:
-        models = variants(name)
+        models = variants(name, arguments.compiled)
         result = se_fx.bench(
             models,
             torch.rand(1, 3, arguments.size, arguments.size),
