@@ -14,7 +14,7 @@ Parameter objects, and whether there is a block. Weights are noise: what a model
 from __future__ import annotations
 
 import argparse
-import copy
+import contextlib
 import dataclasses
 import fnmatch
 import inspect
@@ -35,6 +35,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only
 from tqdm import tqdm
 
 import se_fx
+from se_fx.insertion import undone_on_failure
 
 MEMORY_LIMIT = 8 * 2**30  # bytes of parameters
 
@@ -177,9 +178,16 @@ def same_leaf(a: Any, b: Any) -> bool:
 def check(name: str, attempts: Callable[[str], Iterator[Attempt]], modes: tuple[bool, ...]) -> Row | None:
     """One model's row; None for a model without Conv2d."""
     found = load(name, attempts, modes)
-    if found is None or isinstance(found, Row):
-        return found
-    model, args = found
+    return check_transform(name, *found, modes) if isinstance(found, tuple) else found
+
+
+def check_in_place(name: str, attempts: Callable[[str], Iterator[Attempt]], modes: tuple[bool, ...]) -> Row | None:
+    """One model's row, of blocks that are put into it at each placement in turn."""
+    found = load(name, attempts, modes)
+    return check_placements(name, *found, modes) if isinstance(found, tuple) else found
+
+
+def check_transform(name: str, model: nn.Module, args: tuple[Any, ...], modes: tuple[bool, ...]) -> Row:
     start = time.perf_counter()
     rewritten = se_fx.transform(model.eval(), min_channels=1, latent_channels=4, init="identity")
     seconds = time.perf_counter() - start
@@ -189,65 +197,128 @@ def check(name: str, attempts: Callable[[str], Iterator[Attempt]], modes: tuple[
     return Row(name, kind, len(report.regions), len(report.sites), seconds, result)
 
 
-def check_in_place(name: str, attempts: Callable[[str], Iterator[Attempt]], modes: tuple[bool, ...]) -> Row | None:
-    """One model's row, of blocks that are put into it at each placement in turn; those that it has no place for left out."""
-    found = load(name, attempts, modes)
-    if found is None or isinstance(found, Row):
-        return found
-    model, args = found
+def check_placements(name: str, model: nn.Module, args: tuple[Any, ...], modes: tuple[bool, ...]) -> Row:
+    """Blocks in the model itself, at each placement that it has places for, and gone again before the next."""
+    before = Original(model.eval(), args, modes)
     done, sites, seconds, result = [], 0, 0.0, "no site"
     for placement in se_fx.placement.PLACEMENTS:
-        placed = copy.deepcopy(model.eval())
-        before = placed.state_dict(keep_vars=True), dict(placed.named_modules())
-        start = time.perf_counter()
-        try:
-            se_fx.apply_squeeze_excite(placed, 4, 1, placement=placement, init="identity")
-        except se_fx.SqueezeExciteError as error:
-            if "no such place" in str(error):
-                continue
-            raise
-        seconds += time.perf_counter() - start
-        done.append(placement)
-        sites += len(se_fx.blocks_of(placed))
-        result = compare_in_place(model, placed, before, args, modes)
+        with undone(model):
+            start = time.perf_counter()
+            try:
+                se_fx.apply_squeeze_excite(model, 4, 1, placement=placement, init="identity")
+            except se_fx.SqueezeExciteError as error:
+                if "no such place" in str(error):
+                    continue
+                raise
+            seconds += time.perf_counter() - start
+            done.append(placement)
+            sites += len(se_fx.blocks_of(model))
+            result = before.difference(model) or before.difference_removed(model) or "equal"
         if result != "equal":
             return Row(name, placement, 0, sites, seconds, result)
     return Row(name, ", ".join(done), 0, sites, seconds, result)
 
 
-def compare_in_place(
-    model: nn.Module,
-    placed: nn.Module,
-    before: tuple[dict[str, Any], dict[str, nn.Module]],
-    args: tuple[Any, ...],
-    modes: tuple[bool, ...],
-) -> str:
-    """Whether a copy of a model, with blocks in it now, is what it was, and does what the model does."""
-    state, modules = before
-    new_state, new_modules = placed.state_dict(keep_vars=True), dict(placed.named_modules())
-    if any(new_state.get(key) is not value for key, value in state.items() if isinstance(value, Tensor)):
-        return "keys or Parameters lost"
-    if any(new_modules.get(key) is not value for key, value in modules.items()) or not isinstance(placed, type(model)):
-        return "modules or class lost"
-    if not all("squeeze_excite" in key.split(".") for key in (new_state | new_modules).keys() - (state | modules).keys()):
-        return "foreign keys"
-    removed = se_fx.remove(placed)
-    if [(key, type(each)) for key, each in removed.named_modules()] != [
-        (key, type(each)) for key, each in model.named_modules()
-    ]:
-        return "not removed"
-    start = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    for training in modes:
-        outputs = []
-        for each in (model, placed):
-            for name, buffer in each.named_buffers():
-                if name in start:
-                    buffer.copy_(start[name])
-            torch.manual_seed(0)
-            outputs.append(each.train(training)(*args_for(each, args)))
-        if not same(*outputs) or not same(dict(model.named_buffers()), {k: placed.get_buffer(k) for k in start}):
-            return f"differs in {'train' if training else 'eval'} mode"
-    return "equal"
+class Undo(Exception):
+    """Raised so that what was done is undone."""
+
+
+@contextlib.contextmanager
+def undone(model: nn.Module) -> Iterator[None]:
+    """The model is afterwards what it was before: cheaper than a copy, and what `apply_squeeze_excite` does when it fails."""
+    with contextlib.suppress(Undo), undone_on_failure(model):
+        yield
+        raise Undo
+
+
+class Original:
+    """What a model is and does, noted before blocks are put into it."""
+
+    def __init__(self, model: nn.Module, args: tuple[Any, ...], modes: tuple[bool, ...]) -> None:
+        self.args = args
+        self.modules = dict(model.named_modules())
+        self.leaves = {key: each for key, each in self.modules.items() if not each._modules}
+        self.classes = {key: type(each) for key, each in self.modules.items()}
+        attributes = {key: flat_attributes(each) for key, each in self.modules.items()}
+        self.state = model.state_dict(keep_vars=True)
+        self.buffers = {key: buffer.clone() for key, buffer in model.named_buffers()}
+        self.runs = {training: self.run(model, training) for training in modes}
+        self.attributes = {  # but for what the model itself sets when it runs
+            key: {name: value for name, value in attributes[key].items() if after.get(name, self) is value}
+            for key, after in ((key, flat_attributes(each)) for key, each in self.modules.items())
+        }
+
+    def run(self, model: nn.Module, training: bool) -> tuple[Any, dict[str, Tensor], list[str]]:
+        """Its outputs, its buffers afterwards, and which of the modules without children were called, in order."""
+        calls: list[str] = []
+        hooks = [
+            model.get_submodule(key).register_forward_hook(lambda *_, key=key: calls.append(key))  # type: ignore[misc]
+            for key in self.leaves
+        ]
+        torch.manual_seed(0)
+        outputs = model.train(training)(*args_for(model, self.args))
+        after = {key: model.get_buffer(key).clone() for key in self.buffers}
+        for key, value in self.buffers.items():
+            model.get_buffer(key).copy_(value)
+        for hook in hooks:
+            hook.remove()
+        return outputs, after, calls
+
+    def difference(self, model: nn.Module) -> str:
+        """How the model is not, now that it has blocks, what it was, or does not what it did; empty where all is equal."""
+        state, modules = model.state_dict(keep_vars=True), dict(model.named_modules())
+        if any(state.get(key) is not value for key, value in self.state.items() if isinstance(value, Tensor)):
+            return "keys or Parameters lost"
+        if any(modules.get(key) is not value for key, value in self.modules.items()):
+            return "modules lost"
+        if not all("squeeze_excite" in key.split(".") for key in (state | modules).keys() - (self.state | self.modules).keys()):
+            return "foreign keys"
+        for key, own in self.classes.items():
+            if not isinstance(modules[key], own):
+                return f"class of {key} lost"
+            if lost := [each for each in methods(own) if getattr(type(modules[key]), each) is not getattr(own, each)]:
+                return f"methods of {key} lost: {', '.join(lost)}"
+            now = flat_attributes(modules[key])
+            if lost := [each for each, value in self.attributes[key].items() if now.get(each, self) is not value]:
+                return f"attributes of {key} lost: {', '.join('.'.join(each) for each in lost)}"
+        return self.difference_of_runs(model)
+
+    def difference_removed(self, model: nn.Module) -> str:
+        """How what `remove` makes of the model is not the original."""
+        removed = se_fx.remove(model)
+        if {key: type(each) for key, each in removed.named_modules()} != self.classes:
+            return "not removed"
+        state = removed.state_dict(keep_vars=True)
+        if state.keys() != self.state.keys() or any(state[key] is not value for key, value in self.state.items()):
+            return "keys or Parameters not as they were, removed"
+        return f"{difference}, removed" if (difference := self.difference_of_runs(removed)) else ""
+
+    def difference_of_runs(self, model: nn.Module) -> str:
+        for training, expected in self.runs.items():
+            what = ("outputs", "buffers", "calls")
+            for each, found, known in zip(what, self.run(model, training), expected, strict=True):
+                if not same(found, known):
+                    return f"{each} differ in {'train' if training else 'eval'} mode"
+        return ""
+
+
+def methods(own: type) -> set[str]:
+    """What a class, and those it is made from, have of their own, but for PyTorch's, of which Rewritten overrides some."""
+    names = {
+        name for each in own.__mro__ if each is not object and not each.__module__.startswith("torch.") for name in vars(each)
+    }
+    return {name for name in names if not name.startswith("__") and name != "forward"}
+
+
+def flat_attributes(module: nn.Module) -> dict[tuple[str, ...], Any]:
+    """A module's attributes, and what PyTorch keeps in dicts of it: parameters, buffers, hooks."""
+    flat: dict[tuple[str, ...], Any] = {}
+    for name, value in vars(module).items():
+        if name != "training":
+            flat[name,] = value
+        if isinstance(value, dict):
+            flat |= {(name, str(key)): inner for key, inner in value.items()}
+    return flat
 
 
 def args_for(model: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -261,12 +332,13 @@ def args_for(model: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
 
 def check_stranger(name: str, attempts: Callable[[str], Iterator[Attempt]], modes: tuple[bool, ...]) -> Row | None:
     """One model's row, transformed, then with blocks in place at each placement; last, how far off it is optimised."""
-    row = check(name, attempts, modes)
-    if row is None or row.result != "equal":
-        return row
-    placed, found = check_in_place(name, attempts, modes), load(name, attempts, modes)
-    if placed is None or placed.result != "equal" or not isinstance(found, tuple):
-        return placed
+    found = load(name, attempts, modes)
+    if not isinstance(found, tuple):
+        return found
+    for check_one in (check_placements, check_transform):
+        row = check_one(name, *found, modes)
+        if row.result != "equal":
+            return row
     return dataclasses.replace(row, optimized=difference(*found))
 
 
@@ -342,7 +414,8 @@ def compare(model: nn.Module, rewritten: nn.Module, args: tuple[Any, ...], modes
             for name, buffer in model.named_buffers():  # the two share them
                 buffer.copy_(buffers[name])
             torch.manual_seed(0)
-            outputs.append(each.train(training)(*args_for(model, args)))
+            output = each.train(training)(*args_for(model, args))
+            outputs.append((output, [buffer.clone() for buffer in model.buffers()]))
         if not same(*outputs):
             return f"differs in {'train' if training else 'eval'} mode"
     return "equal"

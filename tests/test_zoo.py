@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+import sys
+from typing import Any
+
 import pytest
 import torch
 import torchvision
@@ -11,62 +15,69 @@ from torch.utils.flop_counter import FlopCounterMode
 import se_fx
 from se_fx.capture import capture
 from se_fx.cost import faked, measure
-from se_fx.insertion import insert
 from se_fx.loading import load_model
-from se_fx.planning import Options, choose, give_plan
 
-DETECTION = ("rcnn", "retinanet", "fcos", "ssd")
-#: In train mode, one model of every family; detection models need targets then, see test_detection.py.
+CLASSIFIERS, SEGMENTERS, DETECTORS = (
+    torchvision.models.list_models(module)
+    for module in (torchvision.models, torchvision.models.segmentation, torchvision.models.detection)
+)
+#: In train mode and in place, too: one model of every family.
 TRAINED = {
     "alexnet", "convnext_tiny", "densenet121", "efficientnet_b0", "efficientnet_v2_s", "googlenet", "inception_v3",
     "maxvit_t", "mnasnet0_5", "mobilenet_v2", "mobilenet_v3_small", "regnet_x_400mf", "regnet_y_400mf", "resnet18",
     "resnext50_32x4d", "shufflenet_v2_x0_5", "squeezenet1_0", "swin_t", "swin_v2_t", "vgg11_bn", "vit_b_32",
-    "wide_resnet50_2", "deeplabv3_mobilenet_v3_large", "fcn_resnet50", "lraspp_mobilenet_v3_large", "raft_small",
+    "wide_resnet50_2", "raft_small", *SEGMENTERS, *DETECTORS,
     "quantized_resnet18", "quantized_mobilenet_v2", "quantized_googlenet", "quantized_shufflenet_v2_x0_5",
 }  # fmt: skip
 #: They hold no nn.Conv2d but Conv3d.
 VIDEO = {"mc3_18", "mvit_v1_b", "mvit_v2_s", "r2plus1d_18", "r3d_18", "s3d", "swin3d_b", "swin3d_s", "swin3d_t"}
 
 
-@pytest.mark.zoo
-@pytest.mark.parametrize("name", zoo.torchvision_names())
-@torch.no_grad()
-def test_torchvision(name: str) -> None:
-    row = zoo.check(name, zoo.torchvision_attempts, (False, True) if name in TRAINED else (False,))
-    assert (row is None) == (name in VIDEO)
-    if row is not None:
-        assert row.result == "equal"
-        assert row.sites > 0
-        assert row.kind == ("own class" if any(word in name for word in DETECTION) or name.startswith("raft") else "graph")
-
-
 #: Without a residual unit of convolutions, in whatever is a graph.
 UNITLESS = ("alexnet", "densenet", "googlenet", "inception", "shufflenet", "squeezenet", "swin", "vgg", "vit")
 
 
-@pytest.mark.zoo
-@pytest.mark.parametrize("name", torchvision.models.list_models(torchvision.models))
-@torch.no_grad()
-def test_every_placement(name: str) -> None:
-    """In eval mode, and of one model of each family in train mode; "conv" is tested above.
+@pytest.fixture
+def captured_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One capture, which takes longest, serves all that is done to a model: none of it changes the model for good."""
+    monkeypatch.setattr(sys.modules["se_fx.transform"], "capture", functools.cache(capture))
 
-    The stages of `transform` one by one, since one capture, which takes longest, serves all placements.
-    """
+
+@pytest.mark.zoo
+@pytest.mark.usefixtures("captured_once")
+@pytest.mark.parametrize("name", zoo.torchvision_names())
+@torch.no_grad()
+def test_torchvision(name: str) -> None:
+    """`transform`, at each placement for classifiers, and of one model of each family in place and in train mode."""
     modes = (False, True) if name in TRAINED else (False,)
-    model, args = zoo.load(name, zoo.torchvision_attempts, modes)
-    captured = capture(model.eval())
-    for placement in ("norm", "residual", "pre", "post", "identity"):
-        options = Options.given(placement=placement, min_channels=1, latent_channels=4, init="identity")
+    found = zoo.load(name, zoo.torchvision_attempts, modes)
+    assert (found is None) == (name in VIDEO)
+    if found is None:
+        return
+    model, args = found
+    row = zoo.check_transform(name, model, args, modes)
+    assert row.result == "equal"
+    assert row.sites > 0
+    assert row.kind == ("own class" if name in DETECTORS or name.startswith("raft") else "graph")
+    for placement in ("norm", "residual", "pre", "post", "identity") if name in CLASSIFIERS else ():
         try:
-            choice = choose(captured, options)
+            rewritten = se_fx.transform(model.eval(), min_channels=1, latent_channels=4, placement=placement, init="identity")
         except se_fx.SqueezeExciteError:  # no such place
             assert name.startswith(UNITLESS)
             continue
-        assert len(choice.plan) > 0
-        rewritten = insert(captured, choice.insertions())
-        give_plan(rewritten, choice.after)
+        assert len(se_fx.Plan.of(rewritten)) > 0
         assert zoo.compare(model, rewritten, args, modes) == "equal"
         assert type(se_fx.remove(rewritten)) is type(model)
+    if name in TRAINED:
+        in_place(name, model, args)
+
+
+def in_place(name: str, model: torch.nn.Module, args: tuple[Any, ...]) -> None:
+    """At each placement the model is and does what it was and did, in both modes, and again when blocks are removed."""
+    row = zoo.check_placements(name, model, args, (False, True))
+    assert row.result == "equal"
+    assert row.kind.startswith("conv")
+    assert row.sites >= len(row.kind.split(", "))
 
 
 #: One of each kind of code; all of them: `python examples/zoo.py torchvision --in-place --train`, and timm.
@@ -162,10 +173,14 @@ resmlp_12_224 cait_xxs24_224 volo_d1_224 davit_tiny nextvit_small tiny_vit_5m_22
 
 
 @pytest.mark.zoo
+@pytest.mark.usefixtures("captured_once")
 @pytest.mark.parametrize("name", FAMILIES)
 @torch.no_grad()
 def test_timm(name: str) -> None:
-    row = zoo.check(name, zoo.timm_attempts, (False,))
-    assert row is not None
+    found = zoo.load(name, zoo.timm_attempts, (False, True))
+    assert isinstance(found, tuple)
+    model, args = found
+    row = zoo.check_transform(name, model, args, (False, True))
     assert row.result == "equal"
     assert row.sites > 0
+    in_place(name, model, args)
