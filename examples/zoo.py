@@ -23,6 +23,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from inspect import getattr_static
 from typing import Any
 from unittest import mock
 
@@ -276,7 +277,7 @@ class Original:
         for key, own in self.classes.items():
             if not isinstance(modules[key], own):
                 return f"class of {key} lost"
-            if lost := [each for each in methods(own) if getattr(type(modules[key]), each) is not getattr(own, each)]:
+            if lost := [each for each, code in methods(own).items() if getattr_static(type(modules[key]), each) is not code]:
                 return f"methods of {key} lost: {', '.join(lost)}"
             now = flat_attributes(modules[key])
             if lost := [each for each, value in self.attributes[key].items() if now.get(each, self) is not value]:
@@ -302,12 +303,11 @@ class Original:
         return ""
 
 
-def methods(own: type) -> set[str]:
-    """What a class, and those it is made from, have of their own, but for PyTorch's, of which Rewritten overrides some."""
-    names = {
-        name for each in own.__mro__ if each is not object and not each.__module__.startswith("torch.") for name in vars(each)
-    }
-    return {name for name in names if not name.startswith("__") and name != "forward"}
+def methods(own: type) -> dict[str, Any]:
+    """What a class, and those it is made from, define of their own, but for PyTorch's, of which Rewritten overrides some."""
+    inherited = (each for each in own.__mro__ if each is not object and not each.__module__.startswith("torch."))
+    names = {name for each in inherited for name, value in vars(each).items() if hasattr(value, "__get__")}
+    return {name: getattr_static(own, name) for name in names if not name.startswith("__") and name != "forward"}
 
 
 def flat_attributes(module: nn.Module) -> dict[tuple[str, ...], Any]:
