@@ -21,7 +21,7 @@ CLASSIFIERS, SEGMENTERS, DETECTORS = (
     torchvision.models.list_models(module)
     for module in (torchvision.models, torchvision.models.segmentation, torchvision.models.detection)
 )
-#: In train mode and in place, too: one model of every family.
+#: In train mode and in place, too: one model of every family. All: `python examples/zoo.py torchvision --in-place --train`.
 TRAINED = {
     "alexnet", "convnext_tiny", "densenet121", "efficientnet_b0", "efficientnet_v2_s", "googlenet", "inception_v3",
     "maxvit_t", "mnasnet0_5", "mobilenet_v2", "mobilenet_v3_small", "regnet_x_400mf", "regnet_y_400mf", "resnet18",
@@ -31,8 +31,6 @@ TRAINED = {
 }  # fmt: skip
 #: They hold no nn.Conv2d but Conv3d.
 VIDEO = {"mc3_18", "mvit_v1_b", "mvit_v2_s", "r2plus1d_18", "r3d_18", "s3d", "swin3d_b", "swin3d_s", "swin3d_t"}
-
-
 #: Without a residual unit of convolutions, in whatever is a graph.
 UNITLESS = ("alexnet", "densenet", "googlenet", "inception", "shufflenet", "squeezenet", "swin", "vgg", "vit")
 
@@ -78,55 +76,6 @@ def in_place(name: str, model: torch.nn.Module, args: tuple[Any, ...]) -> None:
     assert row.result == "equal"
     assert row.kind.startswith("conv")
     assert row.sites >= len(row.kind.split(", "))
-
-
-#: One of each kind of code; all of them: `python examples/zoo.py torchvision --in-place --train`, and timm.
-IN_PLACE = {
-    "torchvision": (
-        *("densenet121", "efficientnet_b0", "googlenet", "mnasnet0_5", "mobilenet_v3_small", "regnet_y_400mf", "resnet18"),
-        *(
-            "shufflenet_v2_x0_5",
-            "squeezenet1_0",
-            "swin_t",
-            "vit_b_32",
-            "lraspp_mobilenet_v3_large",
-            "ssdlite320_mobilenet_v3_large",
-        ),
-    ),
-    "timm": (
-        *(
-            "cspdarknet53",
-            "dla34",
-            "edgenext_xx_small",
-            "fastvit_t8",
-            "ghostnet_100",
-            "hgnet_tiny",
-            "levit_128s",
-            "nf_regnet_b0",
-        ),
-        *(
-            "mobileone_s0",
-            "mobilevit_xxs",
-            "repvgg_a0",
-            "repvit_m0_9",
-            "res2net50_26w_4s",
-            "skresnet18",
-            "starnet_s1",
-            "xception41",
-        ),
-    ),
-}
-
-
-@pytest.mark.zoo
-@pytest.mark.parametrize(("kind", "name"), [(kind, name) for kind, names in IN_PLACE.items() for name in names])
-@torch.no_grad()
-def test_in_place(kind: str, name: str) -> None:
-    """At every placement, in both modes: outputs and statistics bitwise; class, modules, tensors the same objects; undone."""
-    row = zoo.check_in_place(name, zoo.ZOOS[kind][1], (False, True))
-    assert row is not None
-    assert row.result == "equal", row
-    assert row.sites > 0
 
 
 COUNTED = [
