@@ -4,7 +4,7 @@ Eight images of drawn shapes are learnt by heart. Ultralytics builds the network
 folds norms into convolutions (`fuse`) whenever it validates, predicts or exports, so they go outside of its `Conv`. Nothing is
 downloaded.
 
-    pip install ultralytics onnx onnxruntime
+    pip install -e ".[ultralytics]"
     python examples/yolo.py
     python examples/yolo.py --models yolov8n yolo11n yolo26n --placements activation residual --ways in-place transform
     python examples/yolo.py --quick
