@@ -154,7 +154,8 @@ state_dict of a rewritten model: squeeze_excite.of_0._extra_state, squeeze_excit
         squeeze_excite.of_0.fc2.weight, 0.weight, 0.bias
 requires-python: ">=3.10"
 dependencies: ["torch>=2.6", "networkx>=3.0", "tabulate>=0.9"]
-extras: torchvision, timm, html, examples, lightning, onnx, exporters, test, docs, dev
+extras: torchvision, timm, html, examples, lightning, onnx, exporters, ultralytics, transformers, smp, peft, recipes,
+        strangers, test, docs, dev
 scripts: se-fx = "se_fx.cli:main"
 """
 
