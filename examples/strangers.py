@@ -131,7 +131,7 @@ def pytorchcv() -> Iterator[tuple[str, Callable[[], nn.Module], Any]]:
 def pretrainedmodels() -> Iterator[tuple[str, Callable[[], nn.Module], Any]]:
     sizes = {"inceptionv4": 299, "inceptionresnetv2": 299, "xception": 299}
     for name in (
-        *("bninception", "cafferesnet101", "dpn68", "fbresnet152", "inceptionresnetv2", "inceptionv4", "nasnetamobile"),
+        *("bninception", "dpn68", "inceptionresnetv2", "inceptionv4", "nasnetamobile"),
         *("se_resnet50", "se_resnext50_32x4d", "xception"),
     ):
         yield name, made("pretrainedmodels", name, pretrained=None), image(sizes.get(name, 224), batch=1)
