@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import sys
 import types
 from collections import Counter
-from collections.abc import Iterable, Iterator, Set
+from collections.abc import Iterable, Iterator, Sequence, Set
 from typing import Any
 
 import torch
@@ -23,6 +24,8 @@ __all__ = ["INNER", "Watched", "fixed_children", "hooked", "is_fresh", "reached"
 #: so that those of a copied model are about the copy's modules.
 Watched = list[tuple[str, nn.Module, dict[str, tuple[Any, Any]]]]
 
+Named = tuple[str, nn.Module, Any]  # a module, the name it is known by, and the class whose code it runs
+
 _ABSENT = inspect.Parameter.empty  # of attributes that a class has, and the instance hasn't
 _MODULES = frozenset({"training", "call_super_init", "dump_patches"})  # what every module has
 _ATOMS = frozenset({bool, int, float, complex, str, bytes, type(None)})
@@ -32,7 +35,7 @@ INNER = "_inner_forward"
 _DEPTH = 3  # of objects in objects that are looked into
 
 
-def watch(modules: Iterable[tuple[str, nn.Module, Any]]) -> Watched:
+def watch(modules: Iterable[Named]) -> Watched:
     """What would make a graph stale that was traced through the code of these modules.
 
     The values of those attributes, of the instance and of its class, whose names the code's source knows; tensors and modules
@@ -41,20 +44,24 @@ def watch(modules: Iterable[tuple[str, nn.Module, Any]]) -> Watched:
     Args:
         modules: names for errors, modules, and the classes whose code they run.
     """
-    return [(name, module, _readable(module, own, words(own))) for name, module, own in modules]
+    inherited = functools.cache(_inherited)  # while this runs
+    return [(name, module, _readable(module, words(own), inherited(own, words(own)))) for name, module, own in modules]
 
 
-def reached(modules: Iterable[tuple[str, nn.Module, Any]], among: Iterable[tuple[str, nn.Module, Any]]) -> Watched:
+def reached(modules: Sequence[Named], among: Iterable[Named]) -> Watched:
     """What else would make that graph stale: what the code asks of other modules, such as one that holds settings.
 
     Args:
         modules: as `watch` is given them.
         among: all modules that their code can reach, likewise.
     """
-    known = {id(module): words(own) for _, module, own in modules}
-    names = frozenset[str]().union(*(asked_of_others(own) for own in {own for _, _, own in modules}))
-    others = [each for each in among if not isinstance(each[1], Inserted)]
-    found = ((name, each, _readable(each, own, names - known.get(id(each), frozenset()))) for name, each, own in others)
+    watched = {id(module) for _, module, _ in modules}
+    asked = frozenset[str]().union(*(asked_of_others(own) for own in {own for _, _, own in modules}))
+    inherited, found = functools.cache(_inherited), []
+    for name, module, own in among:
+        if not isinstance(module, Inserted):
+            names = asked - words(own) if id(module) in watched else asked
+            found.append((name, module, _readable(module, names, inherited(own, names))))
     return [each for each in found if each[2]]
 
 
@@ -163,16 +170,22 @@ def _is_alike(other: Any, value: Any) -> bool:
     return type(other) is type(value) in _ATOMS and bool(other == value)
 
 
-def _readable(module: nn.Module, own: Any, names: Set[str]) -> dict[str, tuple[Any, Any]]:
+def _readable(module: nn.Module, names: Set[str], inherited: Iterable[str]) -> dict[str, tuple[Any, Any]]:
     found: dict[str, tuple[Any, Any]] = {
         name: (value, _content(value))
         for name, value in module.__dict__.items()
         if name in names and name not in _MODULES and not isinstance(value, (Tensor, nn.Module))
     }
-    for name in names - found.keys():
+    return found | {name: (_ABSENT, None) for name in inherited if name not in found}
+
+
+def _inherited(own: Any, names: frozenset[str]) -> list[str]:
+    """Those of the names that instances have from their class, and could set."""
+    found = []
+    for name in names:
         inherited = inspect.getattr_static(own, name, _ABSENT)
         if inherited is not _ABSENT and not hasattr(nn.Module, name) and not hasattr(type(inherited), "__set__"):
-            found[name] = (_ABSENT, None)
+            found.append(name)
     return found
 
 
