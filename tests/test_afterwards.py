@@ -526,17 +526,12 @@ class Settings(nn.Module):
         return y * self.held.factor + getattr(self.held, "sizes")[0]  # noqa: B009
 
 
-@pytest.mark.parametrize("in_place", [False, True])
+@BOTH
 @pytest.mark.parametrize("kind", ["plain", "leaf", "with a conv"])
-def test_attributes_of_other_modules_that_code_has_read(kind: str, in_place: bool) -> None:
+def test_attributes_of_other_modules_that_code_has_read(insert: Callable[..., nn.Module], kind: str) -> None:
     """Settings in a module that the graph doesn't go through, or only calls."""
     model = Settings(kind).eval()
-    options: Any = {"min_channels": 1, "latent_channels": 2, "init": "identity"}
-    result = copy.deepcopy(model)
-    if in_place:
-        se_fx.apply_squeeze_excite(result, **options)
-    else:
-        result = se_fx.transform(result, **options)
+    result = insert(copy.deepcopy(model), init="identity")
     x = torch.randn(2, 3, 5, 5)
     for name, value in (("factor", 3.0), ("sizes", (2, 2)), ("factor", 1.0)):
         for each in (model, result):
@@ -563,17 +558,14 @@ class Mixes(nn.Module):
         return torch.cat([part(piece) for piece, part in zip(x.split(4, 1), parts, strict=False)], 1)
 
 
-@pytest.mark.parametrize("in_place", [False, True])
+@BOTH
 @pytest.mark.parametrize("within", [False, True])
 @pytest.mark.parametrize("how", ["its modules", "its children", "of a Sequential"])
-def test_code_that_goes_through_children_finds_no_block_among_them(how: str, within: bool, in_place: bool) -> None:
+def test_code_that_goes_through_children_finds_no_block_among_them(
+    insert: Callable[..., nn.Module], how: str, within: bool
+) -> None:
     model = nn.Sequential(Mixes(how), nn.BatchNorm2d(8)).eval() if within else Mixes(how).eval()
-    options: Any = {"min_channels": 1, "latent_channels": 2, "init": "identity"}
-    result = copy.deepcopy(model)
-    if in_place:
-        se_fx.apply_squeeze_excite(result, **options)
-    else:
-        result = se_fx.transform(result, **options)
+    result = insert(copy.deepcopy(model), init="identity")
     x = torch.randn(2, 8, 5, 5)
     assert len(se_fx.blocks_of(result)) == 2
     assert torch.equal(result(x), model(x))

@@ -15,7 +15,7 @@ from se_fx.capture.snapshot import Snapshot
 from se_fx.capture.tracer import DRAWS, Tracer
 from se_fx.capture.values import WRITES
 from se_fx.errors import reason_of
-from se_fx.regions import constants_of, hooked, own_class, reached, set_by, watch
+from se_fx.regions import constants_of, hooked, named, reached, set_by, watch
 
 __all__ = ["Tracing", "Untraceable"]
 
@@ -100,16 +100,15 @@ class Tracing:
 
     def _refuse_what_others_may_set(self, called: Set[Any]) -> None:
         """The code that a graph calls runs while the graph does, which knows what it has read by then as constants."""
-        kinds: list[tuple[str, nn.Module, Any]] = [(name, each, own_class(each)) for name, each in self.module.named_modules()]
-        opaque = {part for name in called for part in self.module.get_submodule(name).modules()}
-        may_set = {part: set_by(own, with_own=True) for _, part, own in kinds if part in opaque}
-        of_others = frozenset[str]().union(*(set_by(own) for _, part, own in kinds if part in opaque))
+        everything = named(self.module)
+        within = {part for name in called for part in self.module.get_submodule(name).modules()}
+        opaque = [(part, own) for _, part, own in everything if part in within]
+        may_set = {part: set_by(own, with_own=True) for part, own in opaque}
         if not any(may_set.values()):
             return
-        inner = [
-            (path, part, own_class(part)) for path, part in ((path, self.module.get_submodule(path)) for path in self._paths())
-        ]
-        for name, part, values in (*watch(inner), *reached(inner, kinds)):
+        of_others = frozenset[str]().union(*(set_by(own) for _, own in opaque))
+        inner = named(self.module, self._paths())
+        for name, part, values in (*watch(inner), *reached(inner, everything)):
             for attribute in (of_others | may_set.get(part, frozenset())).intersection(values):
                 raise Untraceable(f"reads {f'{name}.{attribute}'.lstrip('.')}, which code in no graph may set", self.called)
 

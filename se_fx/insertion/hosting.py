@@ -78,11 +78,13 @@ class Seats:
         ways: list[tuple[bool, frozenset[int] | None, list[Place]]] = []
         for training, spot in spots.items():
             for value in spot.nodes:
-                parting = None if spot.readers is None else self._parting(value, spot.readers)
-                places = list(self._outwards(value))[::-1] if spot.readers is None else [parting[0]] if parting else []
+                if spot.readers is None:
+                    places, chosen = list(self._outwards(value))[::-1], None
+                else:
+                    places, chosen = self._parting(value, spot.readers)
                 if not places:
                     return None
-                ways.append((training, parting[1] if parting else None, places))
+                ways.append((training, chosen, places))
         first = ways[0][2]
         if all(chosen is None for _, chosen, _ in ways):
             for path in dict.fromkeys(self._path(step) for _, step in first):
@@ -123,22 +125,22 @@ class Seats:
             value = user
         return value
 
-    def _parting(self, value: fx.Node, readers: frozenset[fx.Node]) -> tuple[Place, frozenset[int]] | None:
+    def _parting(self, value: fx.Node, readers: frozenset[fx.Node]) -> tuple[list[Place], frozenset[int] | None]:
         """The innermost call in which all readers read a value, those chosen in other steps than the others."""
         users = [user for user in value.users if user.op != "output"]
         ways = [self._way(user) for user in users if user in self.owners]
         if len(ways) != len(users) or not ways:
-            return None
+            return [], None
         depth = 0
         while all(len(way) > depth + 1 for way in ways) and len({way[depth] for way in ways}) == 1:
             depth += 1
         call = ways[0][depth - 1] if depth else None
         if not isinstance(call, Call):
-            return None
+            return [], None
         steps = {user: self.step[way[depth]] for user, way in zip(users, ways, strict=True)}
         chosen = frozenset(step for user, step in steps.items() if user in readers)
         if chosen & {step for user, step in steps.items() if user not in readers}:
-            return None
+            return [], None
         inputs = [node for node in value.graph.nodes if node.op == "placeholder"]
         known: dict[int | str, Any] = dict(enumerate(inputs if call.caller is None else call.args))
         known.update(call.kwargs)
@@ -148,10 +150,10 @@ class Seats:
             inside: fx.Node | Call = value
             while own is not call:
                 if own.returned is not value or own.caller is None:
-                    return None
+                    return [], None
                 inside, own = own, own.caller
-            return (call, inside), chosen
-        return ((call, given[0]), chosen) if len(given) == 1 else None
+            return [(call, inside)], chosen
+        return ([(call, given[0])], chosen) if len(given) == 1 else ([], None)
 
     def _way(self, node: fx.Node) -> list[fx.Node | Call]:
         """The calls that lead to a node, outermost first, and the node."""

@@ -32,17 +32,8 @@ __all__ = ["ATTRIBUTES", "OF_HOSTS", "GraphRegion", "Rewritten", "give_class", "
 OF_HOSTS = ("_host_graphs", "_host_watched", "_excited_by", "_between", "_holding", "_length", "_hosting")
 #: All in which a rewritten module keeps what it runs; see `se_fx.regions.running`.
 ATTRIBUTES = (
-    *(
-        "_graphs",
-        "_watched",
-        "_reached",
-        "_children",
-        "_hosts",
-        "_leaves",
-        "_replaceable",
-        "_modes_differ",
-        "_edited",
-    ),  # of a region
+    *("_graphs", "_watched", "_reached", "_children", "_hosts", "_leaves"),  # of a region
+    *("_replaceable", "_modes_differ", "_edited"),
     *OF_HOSTS,
 )
 

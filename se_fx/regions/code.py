@@ -72,9 +72,9 @@ def asked_of_others(own: Hashable) -> frozenset[str]:
     for methods, functions in _sources(own):
         methods.pop("__init__", None)
         for code in _codes(methods):
-            found.update(_of_others(code, _self(code), "LOAD"))
+            found.update(_of_others(code, _self(code)))
         for code in _codes(*functions):
-            found.update(_of_others(code, None, "LOAD"))
+            found.update(_of_others(code, None))
     return frozenset(found)
 
 
@@ -82,7 +82,7 @@ def asked_of_others(own: Hashable) -> frozenset[str]:
 def set_by(own: Hashable, *, with_own: bool = False) -> frozenset[str]:
     """The attributes that a class's `forward`, and what it knows by name, sets of anything but `self`, or of that, too."""
     codes = _run_by(own)
-    names = (_of_others(code, None if file or with_own else _self(code), "STORE") for code, file in codes)
+    names = (_of_others(code, None if file or with_own else _self(code), stored=True) for code, file in codes)
     return frozenset().union(*names)
 
 
@@ -95,19 +95,14 @@ def may_return_none(own: Any) -> bool:
     before: Any = None
     nothing: set[Any] = set()  # variables that are None at times
     for each in dis.get_instructions(forward.__code__):
-        is_none = before is not None and before.opname == "LOAD_CONST" and before.argval is None
+        loaded = before.opname if before is not None else ""
+        is_none = loaded == "LOAD_CONST" and before.argval is None
+        may_be_none = is_none or (loaded.startswith("LOAD_FAST") and before.argval in nothing)
         if is_none and each.opname == "STORE_FAST":
             nothing.add(each.argval)
-        if each.opname == "RETURN_CONST" and each.argval is None:
+        if may_be_none and each.opname == "RETURN_VALUE":
             return True
-        if is_none and (each.opname == "RETURN_VALUE" or each.opname.startswith("JUMP")):
-            return True
-        if (
-            each.opname == "RETURN_VALUE"
-            and before is not None
-            and before.opname.startswith("LOAD_FAST")
-            and before.argval in nothing
-        ):
+        if (is_none and each.opname.startswith("JUMP")) or (each.opname == "RETURN_CONST" and each.argval is None):
             return True
         before = each
     return False
@@ -152,9 +147,9 @@ def _self(code: types.CodeType) -> str | None:
     return code.co_varnames[0] if code.co_argcount else None
 
 
-def _of_others(code: types.CodeType, own: str | None, does: str) -> Iterator[str]:
-    """The attributes that code loads or stores, of anything but a local variable."""
-    loads, before, last = does == "LOAD", None, None
+def _of_others(code: types.CodeType, own: str | None, *, stored: bool = False) -> Iterator[str]:
+    """The attributes that code loads, or stores, of anything but a local variable."""
+    before = last = None
     augmented: set[str] = set()  # of the variable, such as `self.count += 1`, which copies it first
     for each in dis.get_instructions(code):
         is_load, is_store = each.opname in ("LOAD_ATTR", "LOAD_METHOD"), each.opname == "STORE_ATTR"
@@ -166,10 +161,10 @@ def _of_others(code: types.CodeType, own: str | None, does: str) -> Iterator[str
             if is_store and before is not None and before.opname in ("SWAP", "ROT_TWO"):
                 of_own = each.argval in augmented
                 augmented.discard(each.argval)
-            if not of_own and is_load == loads:
+            if not of_own and is_store == stored:
                 yield each.argval
         last, before = before, each
-    if (_READS if loads else _WRITES).intersection(code.co_names):
+    if (_WRITES if stored else _READS).intersection(code.co_names):
         yield from _strings(code)
 
 

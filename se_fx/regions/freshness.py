@@ -18,7 +18,7 @@ from se_fx.regions.code import asked_of_others, words
 from se_fx.regions.sequences import Inserted
 from se_fx.regions.surgery import refuse_surgery
 
-__all__ = ["INNER", "Watched", "fixed_children", "hooked", "is_fresh", "reached", "refuse_stale", "watch"]
+__all__ = ["INNER", "Named", "Watched", "fixed_children", "hooked", "is_fresh", "reached", "refuse_stale", "watch"]
 
 #: Modules, the names they are known by, and what their code may have read: values, and what these hold. Built-in types alone,
 #: so that those of a copied model are about the copy's modules.

@@ -18,7 +18,7 @@ from typing import Any, cast
 from torch import Tensor, fx, nn
 
 from se_fx.regions.classes import ATTRIBUTES, OF_HOSTS, GraphRegion, Rewritten, give_class, overrides_module_methods
-from se_fx.regions.freshness import INNER, fixed_children, hooked, reached, watch
+from se_fx.regions.freshness import INNER, Named, fixed_children, hooked, reached, watch
 
 __all__ = [
     "add_constants",
@@ -28,6 +28,7 @@ __all__ = [
     "excitement",
     "graphs_of",
     "is_region",
+    "named",
     "own_class",
     "reserve_names",
     "restore_code",
@@ -89,6 +90,12 @@ def excitement(module: nn.Module) -> list[tuple[nn.Module, str]]:
     return module.__dict__.get("_excited_by", []) if isinstance(module, Rewritten) else []
 
 
+def named(module: nn.Module, names: Iterable[str] | None = None) -> list[Named]:
+    """Those of a module's submodules with these names, or all, with the classes whose code they run: what `watch` is given."""
+    found = module.named_modules() if names is None else ((name, module.get_submodule(name)) for name in names)
+    return [(name, each, own_class(each)) for name, each in found]
+
+
 def own_class(module: nn.Module) -> type[nn.Module]:
     """The class `module` had before it ran anything else than its code, or has, where it doesn't."""
     return module._own_class if isinstance(module, Rewritten) and hasattr(module, "_own_class") else type(module)
@@ -131,12 +138,12 @@ def run_graphs(
     own, own_graph = own_class(module), _own_graph(module)
     added: tuple[str, ...] = ()
     names = tuple(entered or ())
-    inner = [(name, each, own_class(each)) for name, each in ((name, module.get_submodule(name)) for name in names)]
+    inner = named(module, names)
     scaling = [name for name, each in module.named_modules() if name not in names and excitement(each)] if names else []
     module.__dict__.update(
         _graphs=dict(graphs),
         _watched=watch(inner),
-        _reached=reached(inner, _with_classes(module)) if names else [],
+        _reached=reached(inner, named(module)) if names else [],
         _children=list(fixed_children(module, set(graphs.values()))) if names else [],
         _hosts=[each for each in module.modules() if "_between" in each.__dict__ or "_holding" in each.__dict__]
         if names
@@ -157,13 +164,9 @@ def run_graphs(
 
 def run_host_graphs(module: nn.Module, graphs: Mapping[bool, fx.Graph]) -> None:
     """Make `module`, which is no region, run graphs of its own code, in place."""
-    own, *_ = everything = _with_classes(module)
-    module.__dict__.update(_host_graphs=dict(graphs), _host_watched=watch([own]) + reached([own], everything), _hosting=True)
+    own = named(module, [""])
+    module.__dict__.update(_host_graphs=dict(graphs), _host_watched=watch(own) + reached(own, named(module)), _hosting=True)
     give_class(module, own_class(module), _own_graph(module))
-
-
-def _with_classes(module: nn.Module) -> list[tuple[str, nn.Module, type[nn.Module]]]:
-    return [(name, each, own_class(each)) for name, each in module.named_modules()]
 
 
 def run_own_code(module: nn.Module) -> None:

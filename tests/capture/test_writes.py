@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from two_convs import X
+from two_convs import X, rewritten
 
 import se_fx
 from se_fx.capture import capture
@@ -483,12 +483,11 @@ class Reader(nn.Module):
 @pytest.mark.parametrize("how", ["by assignment", "by name", "by a function"])
 def test_what_code_in_no_graph_sets_is_read_when_it_is_set(how: str, read: str, in_place: bool) -> None:
     model = Reader(how, read).eval()
-    options: Any = {"min_channels": 1, "latent_channels": 2, "init": "identity"}
     result = copy.deepcopy(model)
     if in_place:
-        se_fx.apply_squeeze_excite(result, **options)
+        se_fx.apply_squeeze_excite(result, 2, 1, init="identity")
     else:
-        result = se_fx.transform(result, **options)
+        result = rewritten(result, sites=3)
     assert len(se_fx.blocks_of(result)) > 1
     for _ in range(3):
         assert torch.equal(result(X), model(X))
@@ -520,7 +519,7 @@ def test_a_written_module_that_is_registered_twice_doesnt_keep_capture_from_endi
             return self.frozen(x)
 
     model = Both()
-    result = se_fx.transform(model, min_channels=1, latent_channels=2, init="identity")
+    result = rewritten(model, sites=1)
     expected = copy.deepcopy(model)
     assert len(se_fx.blocks_of(result)) == 1
     for _ in range(2):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +18,9 @@ from se_fx.regions import hooked
 from se_fx.rewrites.training.recipes import Recipe, Recomputed, is_kept
 
 __all__ = [
+    "BatchNorm",
     "Callee",
+    "GroupNorm",
     "OutOfPlace",
     "activated",
     "held",
@@ -55,6 +57,29 @@ def normalized(
     return result, watch.recipe if watch.result is result else None
 
 
+class BatchNorm(NamedTuple):
+    """What `F.batch_norm` is given."""
+
+    input: Tensor
+    running_mean: Tensor | None
+    running_var: Tensor | None
+    weight: Tensor | None = None
+    bias: Tensor | None = None
+    training: bool = False
+    momentum: float = 0.1
+    eps: float = 1e-5
+
+
+class GroupNorm(NamedTuple):
+    """What `F.group_norm` is given."""
+
+    input: Tensor
+    num_groups: int
+    weight: Tensor | None = None
+    bias: Tensor | None = None
+    eps: float = 1e-5
+
+
 class _Watch(TorchFunctionMode):
     """Has a norm tell how its result is computed: by which statistics, and what runs on what they give."""
 
@@ -67,8 +92,10 @@ class _Watch(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func in (F.batch_norm, F.group_norm) and self.result is None:
-            run = self._batch_norm if func is F.batch_norm else self._group_norm
-            self.result = run(*args, **kwargs)
+            is_batch = func is F.batch_norm
+            self.result = (
+                self._batch_norm(BatchNorm(*args, **kwargs)) if is_batch else self._group_norm(GroupNorm(*args, **kwargs))
+            )
             return self.result
         if self.recipe is not None and args and args[0] is self.result:
             again = Recipe(functools.partial(_applied, func, args[1:], kwargs), self.recipe)
@@ -79,40 +106,24 @@ class _Watch(TorchFunctionMode):
             return self.result
         return func(*args, **kwargs)
 
-    def _batch_norm(
-        self,
-        input: Tensor,
-        running_mean: Tensor | None,
-        running_var: Tensor | None,
-        weight: Tensor | None = None,
-        bias: Tensor | None = None,
-        training: bool = False,
-        momentum: float = 0.1,
-        eps: float = 1e-5,
-    ) -> Tensor:
-        given = (input, running_mean, running_var, weight, bias, training, momentum, eps)
+    def _batch_norm(self, call: BatchNorm) -> Tensor:
+        input, running_mean, running_var, weight, bias, training, momentum, eps = call
         if input is not self.value or input.numel() == input.shape[1]:
-            return F.batch_norm(*given)
+            return F.batch_norm(*call)
         source = input if self.source is None else self.source
         if not training:
             self.recipe = Recipe(_Fixed(eps), source, weight, bias, running_mean, running_var)
-            return F.batch_norm(*given)
+            return F.batch_norm(*call)
         operands = (input, weight, bias, running_mean, running_var)
         result, mean, invstd, *_ = torch._batch_norm_impl_index(*operands, True, momentum, eps, torch.backends.cudnn.enabled)
         self.recipe = Recipe(_Normalized(eps), source, weight, bias, mean, invstd)
         return result
 
-    def _group_norm(
-        self,
-        input: Tensor,
-        num_groups: int,
-        weight: Tensor | None = None,
-        bias: Tensor | None = None,
-        eps: float = 1e-5,
-    ) -> Tensor:
+    def _group_norm(self, call: GroupNorm) -> Tensor:
+        input, num_groups, weight, bias, eps = call
         if input is self.value:
             self.recipe = Recipe(_Grouped(num_groups, eps), input if self.source is None else self.source, weight, bias)
-        return F.group_norm(input, num_groups, weight, bias, eps)
+        return F.group_norm(*call)
 
 
 def activated(

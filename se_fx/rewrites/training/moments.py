@@ -22,7 +22,7 @@ from torch.overrides import TorchFunctionMode
 
 from se_fx.rewrites.change import Change, place_of
 from se_fx.rewrites.terms import Scale
-from se_fx.rewrites.training.calls import Callee, module_or_function, normalized
+from se_fx.rewrites.training.calls import BatchNorm, Callee, GroupNorm, module_or_function, normalized
 from se_fx.rewrites.training.keeping import Keeping
 from se_fx.rewrites.training.recipes import Recipe
 from se_fx.rewrites.training.weaving import insert_wrapped, normalize
@@ -82,27 +82,18 @@ class _ByMoments(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func is F.batch_norm and self.result is None and self.given is not None:
-            return self._batch_norm(self.given, *args, **kwargs)
-        if func is F.group_norm and self.result is None and self.given is not None:
-            return self._group_norm(self.given, *args, **kwargs)
+        if self.result is None and self.given is not None:
+            if func is F.batch_norm:
+                return self._batch_norm(self.given, BatchNorm(*args, **kwargs))
+            if func is F.group_norm:
+                return self._group_norm(self.given, GroupNorm(*args, **kwargs))
         return func(*args, **kwargs)
 
-    def _batch_norm(
-        self,
-        given: Moments,
-        input: Tensor,
-        running_mean: Tensor | None,
-        running_var: Tensor | None,
-        weight: Tensor | None = None,
-        bias: Tensor | None = None,
-        training: bool = False,
-        momentum: float = 0.1,
-        eps: float = 1e-5,
-    ) -> Tensor:
+    def _batch_norm(self, given: Moments, call: BatchNorm) -> Tensor:
+        input, running_mean, running_var, weight, bias, training, momentum, eps = call
         count = input.numel() // input.shape[1]
         if input is not self.value or not training or count < 2:  # of one value, it raises
-            return F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
+            return F.batch_norm(*call)
         mean = given.mean.mean(0, keepdim=True)
         var = (given.var + (given.mean - mean).square()).mean(0, keepdim=True)
         with torch.no_grad():
@@ -111,17 +102,10 @@ class _ByMoments(TorchFunctionMode):
                     running.lerp_(batch.detach().flatten().to(running.dtype), momentum)
         return self._affine(given, input, mean, var, weight, bias, eps)
 
-    def _group_norm(
-        self,
-        given: Moments,
-        input: Tensor,
-        num_groups: int,
-        weight: Tensor | None = None,
-        bias: Tensor | None = None,
-        eps: float = 1e-5,
-    ) -> Tensor:
+    def _group_norm(self, given: Moments, call: GroupNorm) -> Tensor:
+        input, num_groups, weight, bias, eps = call
         if input is not self.value:
-            return F.group_norm(input, num_groups, weight, bias, eps)
+            return F.group_norm(*call)
         means, variances = (torch.unflatten(each, 1, (num_groups, -1)) for each in given)
         mean = means.mean(2, keepdim=True)
         var = (variances + (means - mean).square()).mean(2, keepdim=True)
