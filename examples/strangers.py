@@ -29,7 +29,7 @@ def made(home: str, name: str, *args: Any, **kwargs: Any) -> Callable[[], nn.Mod
 
 def monai() -> Iterator[tuple[str, Callable[[], nn.Module], Any]]:
     net = functools.partial(made, "monai.networks.nets")
-    two, plane = {"spatial_dims": 2, "in_channels": 1, "out_channels": 2}, {"spatial_dims": 2, "in_channels": 1}
+    two = {"spatial_dims": 2, "in_channels": 1, "out_channels": 2}
     x = image(channels=1)
     narrow = (8, 8, 16, 16, 32, 8)
     steps = {"channels": (8, 16, 32), "strides": (2, 2)}
@@ -48,7 +48,7 @@ def monai() -> Iterator[tuple[str, Callable[[], nn.Module], Any]]:
     yield "SwinUNETR", net("SwinUNETR", **two, feature_size=12), x
     yield "HighResNet", net("HighResNet", **two), x
     yield "DenseNet121", net("DenseNet121", **two), x
-    yield "SEResNet50", net("SEResNet50", **plane, num_classes=2), x
+    yield "SEResNet50", net("SEResNet50", spatial_dims=2, in_channels=1, num_classes=2), x
     yield "ResNet", net("resnet18", spatial_dims=2, n_input_channels=1, num_classes=2), x
     coder = {"channels": (8, 16), "strides": (2, 2)}
     yield "AutoEncoder", net("AutoEncoder", **two, **coder), x
@@ -69,18 +69,8 @@ def monai() -> Iterator[tuple[str, Callable[[], nn.Module], Any]]:
     yield "Discriminator", net("Discriminator", in_shape=(1, 64, 64), **steps), x
     yield "Regressor", net("Regressor", in_shape=(1, 64, 64), out_shape=(2,), **steps), x
     yield "RegUNet", net("RegUNet", **two, num_channel_initial=8, depth=2), x
-    yield (
-        "VoxelMorphUNet",
-        net(
-            "VoxelMorphUNet",
-            spatial_dims=2,
-            in_channels=1,
-            unet_out_channels=8,
-            channels=(8, 8, 8, 8, 8, 8),
-            final_conv_channels=(8,),
-        ),
-        x,
-    )
+    depths = {"unet_out_channels": 8, "channels": (8,) * 6, "final_conv_channels": (8,)}
+    yield "VoxelMorphUNet", net("VoxelMorphUNet", spatial_dims=2, in_channels=2, **depths), image(channels=2)
     small = {"channels": (8, 16), "num_res_blocks": 1, "norm_num_groups": 4, "attention_levels": (False, True)}
     yield "DiffusionModelUNet", net("DiffusionModelUNet", **two, **small, num_head_channels=8), (x, torch.tensor([1, 2]))
     yield "AutoencoderKL", net("AutoencoderKL", **two, **small), x
@@ -95,7 +85,6 @@ def kornia() -> Iterator[tuple[str, Callable[[], nn.Module], Any]]:
     yield "DISK", feature("DISK"), image()
     yield "KeyNet", feature("KeyNet", pretrained=False), image(channels=1)
     yield "XFeatModel", feature("XFeatModel"), image()
-    yield "LoFTR", feature("LoFTR", pretrained=None), {"image0": image(channels=1), "image1": image(channels=1)}
     yield "DexiNed", made("kornia.models.dexined", "DexiNed", pretrained=False), image()
     yield "RRDBNet", made("kornia.models", "RRDBNet", 3, 3, num_feat=8, num_block=1, num_grow_ch=4), image(16)
     yield "TinyViT", made("kornia.contrib", "TinyViT", img_size=64, num_classes=4), image()
@@ -202,11 +191,6 @@ def vit_pytorch() -> Iterator[tuple[str, Callable[[], nn.Module], Any]]:
         x,
     )
     yield (
-        "SepViT",
-        made("vit_pytorch.sep_vit", "SepViT", num_classes=4, dim=8, heads=(1, 2), depth=(1, 1), window_size=4, dim_head=8),
-        x,
-    )
-    yield (
         "TwinsSVT",
         made("vit_pytorch.twins_svt", "TwinsSVT", num_classes=4, s1_emb_dim=8, s2_emb_dim=8, s3_emb_dim=8, s4_emb_dim=8),
         image(224, batch=1),
@@ -270,12 +254,6 @@ TRANSFORMERS: dict[str, dict[str, Any]] = {
     "PvtForImageClassification": {"hidden_sizes": [8, 16, 24, 32], "num_attention_heads": [1, 2, 2, 4], "image_size": 64},
     "PvtV2ForImageClassification": {"hidden_sizes": [8, 16, 24, 32], "num_attention_heads": [1, 2, 2, 4], "image_size": 64},
     "PoolFormerForImageClassification": {"hidden_sizes": [8, 16, 24, 32], "depths": [1, 1, 1, 1]},
-    "CvtForImageClassification": {
-        "embed_dim": [8, 16, 24],
-        "num_heads": [1, 2, 2],
-        "cls_token": [False, False, True],
-        "depth": [1, 1, 2],
-    },
     "LevitForImageClassification": {
         "image_size": 64,
         "hidden_sizes": [16, 32, 48],

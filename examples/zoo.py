@@ -256,8 +256,7 @@ class Original:
             model.get_submodule(key).register_forward_hook(lambda *_, key=key: calls.append(key))  # type: ignore[misc]
             for key in self.leaves
         ]
-        torch.manual_seed(0)
-        outputs = model.train(training)(*args_for(model, self.args))
+        outputs = seeded(model.train(training), args_for(model, self.args))
         after = {key: model.get_buffer(key).clone() for key in self.buffers}
         for key, value in self.buffers.items():
             model.get_buffer(key).copy_(value)
@@ -321,6 +320,12 @@ def flat_attributes(module: nn.Module) -> dict[tuple[str, ...], Any]:
     return flat
 
 
+def seeded(model: nn.Module, args: tuple[Any, ...]) -> Any:
+    """A call, the same each time, of code that may draw random numbers."""
+    torch.manual_seed(0)
+    return model(*args)
+
+
 def args_for(model: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
     """Detectors want targets in train mode."""
     if not model.training or not isinstance(args[0], list):
@@ -351,11 +356,11 @@ def difference(model: nn.Module, args: tuple[Any, ...]) -> str:
     rewritten = se_fx.transform(model.eval(), min_channels=1, latent_channels=4)
     try:
         given = tree_map_only(Tensor, lambda each: each.double() if each.is_floating_point() else each, args)
-        expected, word = rewritten.double()(*given), "float64"
+        expected, word = seeded(rewritten.double(), given), "float64"
     except Exception:  # code that makes tensors of its own types
         given = args
-        expected, word = rewritten.float()(*given), "float32"
-    outputs = expected, se_fx.optimize_for_inference(rewritten)(*given)
+        expected, word = seeded(rewritten.float(), given), "float32"
+    outputs = expected, seeded(se_fx.optimize_for_inference(rewritten), given)
     pairs = [each for each in zip(*map(leaves_of, outputs), strict=True) if isinstance(each[0], Tensor)]
     off = max(
         float((a - b).abs().max() / a.abs().max().clamp(min=1e-30)) for a, b in pairs if a.is_floating_point() and a.numel()
@@ -413,8 +418,7 @@ def compare(model: nn.Module, rewritten: nn.Module, args: tuple[Any, ...], modes
         for each in (model, rewritten):
             for name, buffer in model.named_buffers():  # the two share them
                 buffer.copy_(buffers[name])
-            torch.manual_seed(0)
-            output = each.train(training)(*args_for(model, args))
+            output = seeded(each.train(training), args_for(model, args))
             outputs.append((output, [buffer.clone() for buffer in model.buffers()]))
         if not same(*outputs):
             return f"differs in {'train' if training else 'eval'} mode"

@@ -573,3 +573,25 @@ def test_code_that_goes_through_children_finds_no_block_among_them(
     assert torch.equal(result(x), model(x))
     hook.remove()
     assert se_fx.remove(result).state_dict().keys() == model.state_dict().keys()
+
+
+@BOTH
+def test_a_norms_own_block_is_named_after_its_conv(insert: Callable[..., nn.Module]) -> None:
+    class Row(nn.Module):
+        """Code that goes through its children, the last of which gives its result."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.left, self.norm = nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            for _, child in zip(range(2), self.children(), strict=False):
+                x = child(x)
+            return x
+
+    model = nn.Sequential(nn.Identity(), Row()).eval()
+    result = insert(model, placement="norm", init="identity")
+    assert torch.equal(result(X), model(X))
+    result.register_forward_hook(lambda module, args, output: None)  # so that its code runs
+    assert torch.equal(result(X), model(X))
+    assert {key for key in result.state_dict() if "fc1" in key} == {"1.norm.squeeze_excite.of_1_left.fc1.weight"}

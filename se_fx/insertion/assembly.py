@@ -23,7 +23,7 @@ from se_fx.regions import (
     clone,
     copied,
     excite,
-    names_run_by,
+    goes_through_children,
     own_class,
     restore_code,
     run_graphs,
@@ -33,9 +33,6 @@ from se_fx.regions import (
 )
 
 __all__ = ["Insertion", "insert", "insert_in_place", "undone_on_failure"]
-
-#: What code calls or reads to go through the children of a module, whichever they are.
-_CHILDREN = frozenset({"_modules", "children", "modules", "named_children", "named_modules"})
 
 
 @dataclass(frozen=True)
@@ -114,7 +111,7 @@ def _home(model: nn.Module, path: str, scaling: str, base: str = "") -> str:
         path = path.rpartition(".")[0]
     names = [name for name in f"{base}.{path}".split(".") if name]
     around: list[Any] = [own_class(model.get_submodule(".".join(names[:depth]))) for depth in range(len(names) + 1)]
-    return path if all(names_run_by(own).isdisjoint(_CHILDREN) for own in around) else scaling
+    return scaling if any(map(goes_through_children, around)) else path
 
 
 def _notice_loss(model: nn.Module, base: str, path: str) -> None:

@@ -45,7 +45,7 @@ def hold(model: nn.Module, home: str, site: str, block: nn.Module) -> tuple[Inse
     path = str(module.__dict__[_CONTAINER])
     found = module.get_submodule(path)
     assert isinstance(found, Inserted)
-    inside = site[len(home) :].lstrip(".")
+    inside = "" if site == home else site.removeprefix(f"{home}.")
     name = first = f"of_{inside.replace('.', '_') or 'conv'}"
     count = 1
     while name in found._modules:

@@ -17,7 +17,7 @@ from torch import fx, nn
 
 from se_fx.capture import EXCITED, Call, Region
 from se_fx.placement import Spot
-from se_fx.regions import hooked, own_class
+from se_fx.regions import goes_through_children, hooked, own_class
 
 __all__ = ["Seat", "Seats"]
 
@@ -177,8 +177,9 @@ class Seats:
         if set(self.calls[path]) != steps:
             return False
         module = self.region.module.get_submodule(path)
-        # Code that isn't in the region may call it; and its hooks are to see what it returns, unscaled.
-        return not (path in self.shared or hooked(module) or isinstance(module, fx.GraphModule))
+        own: Any = own_class(module)
+        # Code that isn't in the region may call it; its hooks are to see what it returns, unscaled; and its block is its child.
+        return not (path in self.shared or hooked(module) or isinstance(module, fx.GraphModule) or goes_through_children(own))
 
     def _path(self, step: fx.Node | Call | str) -> str | None:
         """The module that a step calls."""

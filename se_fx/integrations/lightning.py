@@ -200,6 +200,7 @@ def _insert(module: LightningModule, options: Mapping[str, Any]) -> str:
             f"module: {kind} holds no Conv2d; build its networks in __init__ or in configure_model, or, "
             "where its own setup builds them, call se_fx.transform there, instead of using this callback"
         )
+    children.networks = tuple(children._modules)
     rewritten = se_fx.transform(children, **options)
     plan = se_fx.Plan.of(rewritten)
     if not plan.sites and "plan" not in options:
@@ -236,9 +237,11 @@ class _Children(nn.Module):
     seen to be called would be captured conv by conv, since its owner might iterate it.
     """
 
+    networks: tuple[str, ...] = ()  # their names, since blocks are kept away from code that asks what its children are
+
     def forward(self, x: Tensor) -> None:
-        for child in self.children():
-            child(x)
+        for name in self.networks:
+            getattr(self, name)(x)
         raise NotImplementedError("the LightningModule's own code calls them")
 
 

@@ -5,7 +5,7 @@ Knows nothing of how graphs are made, nor of Squeeze-and-Excitation.
 
 from se_fx.regions.classes import GraphRegion
 from se_fx.regions.cloning import clone
-from se_fx.regions.code import may_return_none, names_run_by, set_by
+from se_fx.regions.code import goes_through_children, may_return_none, set_by
 from se_fx.regions.forwards import EXCITE, UNSCALED
 from se_fx.regions.freshness import hooked, reached, watch
 from se_fx.regions.running import (
@@ -37,11 +37,11 @@ __all__ = [
     "copied",
     "excite",
     "excitement",
+    "goes_through_children",
     "graphs_of",
     "hooked",
     "may_return_none",
     "named",
-    "names_run_by",
     "own_class",
     "reached",
     "reserve_names",

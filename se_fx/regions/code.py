@@ -11,10 +11,11 @@ from typing import Any
 
 from torch import nn
 
-__all__ = ["asked_of_others", "may_return_none", "names_run_by", "set_by", "words"]
+__all__ = ["asked_of_others", "goes_through_children", "may_return_none", "set_by", "words"]
 
 #: By which attributes are read and set whose names are strings.
 _READS = frozenset({"getattr", "hasattr", "attrgetter", "vars", "__dict__", "__getattribute__"})
+_CHILDREN = frozenset({"_modules", "children", "modules", "named_children", "named_modules"})
 _WRITES = frozenset({"setattr", "__setattr__", "vars", "__dict__"})
 
 
@@ -109,9 +110,9 @@ def may_return_none(own: Any) -> bool:
 
 
 @functools.cache
-def names_run_by(own: Hashable) -> frozenset[str]:
-    """All names that a class's `forward` knows, and what it knows by name."""
-    return frozenset().union(*(code.co_names for code, _ in _run_by(own)))
+def goes_through_children(own: Hashable) -> bool:
+    """Whether a class's `forward`, or what it knows by name, asks modules what their children are, whichever these are."""
+    return any(not _CHILDREN.isdisjoint(code.co_names) for code, _ in _run_by(own))
 
 
 @functools.cache
