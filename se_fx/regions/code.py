@@ -91,7 +91,7 @@ def set_by(own: Hashable, *, with_own: bool = False) -> frozenset[str]:
 def may_return_none(own: Any) -> bool:
     """Whether a class's `forward`, other than PyTorch's, returns None somewhere."""
     forward = getattr(own, "forward", None)
-    if type(forward) is not types.FunctionType or forward.__module__.startswith("torch."):
+    if type(forward) is not types.FunctionType or str(forward.__module__).startswith("torch."):  # None in code that was run
         return False
     before: Any = None
     nothing: set[Any] = set()  # variables that are None at times

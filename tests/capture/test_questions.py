@@ -263,3 +263,14 @@ def test_a_part_that_may_return_none(always: bool) -> None:
         assert torch.equal(result.train(training)(x), model.train(training)(x))
     fast = se_fx.optimize_for_inference(result.eval())
     assert torch.allclose(fast(x), model(x), atol=1e-6)
+
+
+def test_code_of_no_file() -> None:
+    """A class that was made by `exec`, as notebooks and pages make them, is of no module."""
+    names = {"nn": nn, "__name__": None}
+    exec("class Double(nn.Module):\n    def forward(self, x):\n        return 2 * x", names)
+    names["Double"].__module__ = "nowhere"
+    model, x = nn.Sequential(nn.Conv2d(3, 4, 1), names["Double"]()).eval(), torch.randn(2, 3, 5, 5)
+    result = se_fx.transform(model, min_channels=1, latent_channels=2, init="identity")
+    assert torch.equal(result(x), model(x))
+    assert "" in se_fx.report(result).regions

@@ -202,6 +202,9 @@ def test_the_pages_yolo(elsewhere: Path) -> None:
     """Training in one process, validation in another, which knows nothing of the trainer."""
     pytest.importorskip("ultralytics")
     run(["-c", "import yolo, pathlib; yolo.draw(pathlib.Path(), 64)"])
+    run(
+        ["-c", "from ultralytics import settings; settings.update(runs_dir='runs')"]
+    )  # else in the repository it is installed in
     data = str(elsewhere / "data.yaml")
     settings = 'epochs=1, imgsz=64, device="cpu", workers=0, amp=False, plots=False'
     replaced = {
