@@ -11,6 +11,7 @@ from torch import Tensor, fx, nn
 from torch.func import functional_call
 from torch.utils._pytree import tree_leaves
 
+from se_fx.capture import Snapshot
 from se_fx.regions import hooked
 
 __all__ = ["Modules", "arguments", "called", "holds_hooks_or_convs", "is_plain", "modules_of", "on_meta", "runs_pytorch"]
@@ -132,6 +133,14 @@ def holds_hooks_or_convs(module: nn.Module) -> bool:
 
 
 def on_meta(module: nn.Module) -> tuple[Callable[..., Any], list[Tensor]]:
-    """A function that calls a module on meta tensors in the place of its own, and these."""
+    """A function that calls a module on meta tensors in the place of its own, and leaves it as it was; and these."""
     tensors = {name: t.to("meta") for name, t in (*module.named_parameters(), *module.named_buffers())}
-    return lambda *args, **kwargs: functional_call(module, tensors, args, kwargs), list(tensors.values())
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        before = Snapshot(module)
+        try:
+            return functional_call(module, tensors, args, kwargs)
+        finally:
+            before.undo()
+
+    return call, list(tensors.values())

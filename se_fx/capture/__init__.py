@@ -8,6 +8,7 @@ from se_fx.capture.calls import Call
 from se_fx.capture.capturing import Capture, Region, capture, collector_paused
 from se_fx.capture.plain import check_whole, is_conv
 from se_fx.capture.randomness import check_seed, drawing_from, kept_on_failure, random_state, set_random_state
+from se_fx.capture.snapshot import Snapshot
 from se_fx.capture.tracer import EXCITED
 
 __all__ = [
@@ -15,6 +16,7 @@ __all__ = [
     "Call",
     "Capture",
     "Region",
+    "Snapshot",
     "capture",
     "check_seed",
     "check_whole",

@@ -23,10 +23,14 @@ class Snapshot:
     """All state that the code of a module, and of those within it, can reach in Python; and their mode.
 
     That is what they hold, leaves too, and what the modules and objects hold that they refer to; and their classes' attributes.
+    Of tensors, it is the values of those that are neither parameters nor buffers: code's changes to these are in no graph.
 
     Args:
         root: the module.
         written: gains the ids of modules within whose state has been changed.
+
+    Attributes:
+        tensors: those that are neither parameters nor buffers, by their ids.
     """
 
     def __init__(self, root: nn.Module, written: set[int] | None = None) -> None:
@@ -34,18 +38,27 @@ class Snapshot:
         self.written = set() if written is None else written
         # What is scripted keeps its state elsewhere, and is not the clone's own.
         modules = {id(module): module for module in root.modules() if not isinstance(module, torch.jit.ScriptModule)}
-        seen: set[int] = set()
-        self.held: dict[int, list[tuple[Any, Any]]] = {key: [] for key in modules}
-        self.empty: dict[int, list[Any]] = {key: [] for key in modules}  # most are, as those of hooks, and looked at together
-        for key, module in modules.items():
-            for container in _containers(module.__dict__, seen, modules):
-                if items := _items(container):
-                    self.held[key].append((container, items))
-                else:
-                    self.empty[key].append(container)
         kinds = {kind for module in modules.values() for kind in type(module).__mro__}
         self.classes = [(kind, dict(vars(kind))) for kind in kinds if kind.__module__.partition(".")[0] not in _NOT_USERS]
-        self.modes = [(held[0], modules[key].training) for key, held in self.held.items() if held]
+        roots = {key: module.__dict__ for key, module in modules.items()}
+        roots[_CLASSES] = {str(kind): tuple(items.values()) for kind, items in self.classes}
+        # Its own parameters and buffers are changed by graphs as well as by code.
+        seen = {id(tensor) for module in modules.values() for own in _own_tensors(module) for tensor in own.values()}
+        self.held: dict[int, list[tuple[Any, Any]]] = {key: [] for key in roots}
+        self.empty: dict[int, list[Any]] = {key: [] for key in roots}  # most are, as those of hooks, and looked at together
+        self.tensors: dict[int, Tensor] = {}
+        self.kept: dict[int, list[_Kept]] = {}
+        for key, holder in roots.items():
+            for found in _reachable(holder, seen, modules):
+                if isinstance(found, Tensor):
+                    self.tensors[id(found)] = found
+                    if _can_be_kept(found):
+                        self.kept.setdefault(key, []).append(_Kept(found))
+                elif items := _items(found):
+                    self.held[key].append((found, items))
+                else:
+                    self.empty[key].append(found)
+        self.modes = [(self.held[key][0], module.training) for key, module in modules.items() if self.held[key]]
         self.mode = root.training
 
     def set_mode(self, training: bool) -> None:
@@ -62,7 +75,8 @@ class Snapshot:
         return any(self._has_changed(id(part)) for part in within if id(part) in self.held)
 
     def _has_changed(self, key: int) -> bool:
-        return any(self.empty[key]) or self._differs(self.held[key])
+        kept = self.kept.get(key, ())
+        return any(self.empty[key]) or self._differs(self.held[key]) or any(tensor.has_changed() for tensor in kept)
 
     def restore(self) -> None:
         """Set all back, but for the mode, and for the tensors that `fx.Tracer` has given the root."""
@@ -77,6 +91,13 @@ class Snapshot:
                 made = self._made() if container is self.root.__dict__ else {}
                 _refill(container, items)
                 container.update(made) if made else None
+        for key, tensor in ((key, each) for key, kept in self.kept.items() for each in kept):
+            if tensor.has_changed():
+                self.written.add(key)
+                tensor.restore()
+        self._restore_classes()
+
+    def _restore_classes(self) -> None:
         for kind, items in self.classes:
             for name, value in items.items():
                 if vars(kind).get(name, kind) is not value:
@@ -109,8 +130,48 @@ class Snapshot:
         return False
 
 
-def _containers(root: Any, seen: set[int], modules: Mapping[int, nn.Module]) -> Iterator[Any]:
-    """The built-in containers that are reachable from `root`, also through objects of classes that users define.
+class _Kept:
+    """A tensor as it was."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor, self.memory = tensor, tensor.data
+        self.values = self.memory.clone()
+
+    def has_changed(self) -> bool:
+        """Whether it has other values, or is in another place."""
+        with torch._C.DisableTorchFunction():  # nobody who watches code is to see this
+            return self._has_changed()
+
+    def _has_changed(self) -> bool:
+        now, before = self.tensor.data, self.memory
+        if (now.shape, now.stride(), now.dtype, now.device) != (before.shape, before.stride(), before.dtype, before.device):
+            return True
+        return now.data_ptr() != before.data_ptr() or not torch.equal(_bits(now), _bits(self.values))
+
+    def restore(self) -> None:
+        """Set it back."""
+        with torch.inference_mode(self.tensor.is_inference()), torch.no_grad(), torch._C.DisableTorchFunction():
+            self.memory.copy_(self.values)
+            self.tensor.data = self.memory
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    return tensor.flatten().view(torch.uint8)  # so that NaN equals itself, and types that can't be compared can
+
+
+def _can_be_kept(tensor: Tensor) -> bool:
+    """Whether a tensor has values in memory of its own: no other kind of tensor, no element in the place of another."""
+    if type(tensor) not in (Tensor, nn.Parameter) or tensor.layout is not torch.strided or tensor.is_meta:
+        return False
+    return not (tensor.is_quantized or tensor.is_conj() or tensor.is_neg() or 0 in tensor.stride())
+
+
+def _own_tensors(module: nn.Module) -> Iterator[dict[str, Any]]:
+    yield from (module.__dict__.get("_parameters", {}), module.__dict__.get("_buffers", {}))
+
+
+def _reachable(root: Any, seen: set[int], modules: Mapping[int, nn.Module]) -> Iterator[Any]:
+    """The built-in containers and the tensors that `root` leads to, also through objects of classes that users define.
 
     And through modules, but for those in `modules`: whoever asks goes through these himself.
     """
@@ -120,10 +181,10 @@ def _containers(root: Any, seen: set[int], modules: Mapping[int, nn.Module]) -> 
         kind = type(value)
         if kind in _ATOMS or id(value) in seen or id(value) in modules:
             continue
-        if kind not in _DICTS and isinstance(value, (Tensor, type, types.FunctionType, torch.jit.ScriptModule)):
+        if kind not in _DICTS and isinstance(value, (type, types.FunctionType, torch.jit.ScriptModule)):
             continue
         seen.add(id(value))
-        if kind in _GENERATORS:
+        if kind in _GENERATORS or (kind not in _DICTS and isinstance(value, Tensor)):
             yield value
         elif kind in _DICTS or isinstance(value, (dict, list, set, collections.deque)):
             yield value
@@ -140,7 +201,8 @@ def _containers(root: Any, seen: set[int], modules: Mapping[int, nn.Module]) -> 
             stack.append(value.__dict__)
 
 
-_ATOMS = frozenset({bool, int, float, complex, str, bytes, type(None), Tensor, nn.Parameter})
+_ATOMS = frozenset({bool, int, float, complex, str, bytes, type(None)})
+_CLASSES = 0  # stands for all classes, where modules have their ids
 _DICTS = frozenset({dict, collections.OrderedDict})
 _NOT_USERS = sys.stdlib_module_names | {"torch", "numpy"}
 

@@ -68,6 +68,7 @@ class Tracer(fx.Tracer):
         self.made: dict[str, Tensor] = {}
         self.refused: str | None = None
         self.own_tensors: set[int] = set()
+        self.plain_tensors = frozenset() if snapshot is None else snapshot.tensors.keys()
         self.thread = threading.get_ident()  # fx patches nn.Module for all threads; others must not notice
         self._ambient = ambient()
         self._copies: dict[Any, fx.Node] = {}

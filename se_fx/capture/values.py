@@ -11,13 +11,14 @@ import dis
 import operator
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Set
 from typing import Any, Protocol
 
 import torch
 import torch.utils.checkpoint
 from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from se_fx.capture.questions import CLASS, TRACED, Asked, asking, from_torch
 
@@ -33,6 +34,7 @@ class Recorder(Asked, Protocol):
 
     entered: set[nn.Module]
     own_tensors: set[int]
+    plain_tensors: Set[int]
 
     def is_recorded(self, module: nn.Module) -> bool:
         """Whether a module is one of those whose calls are recorded, or within one."""
@@ -112,11 +114,10 @@ class Value(_Strict, fx.Proxy):
 
 
 TRACED |= {Value, _Attribute}
-_SHAPES = frozenset({"shape", "size", "dim", "ndim", "numel", "stride", "requires_grad", "is_leaf", "__hash__", "__len__"})
 
 
 class _Functions(TorchFunctionMode):
-    """Records calls that make random tensors, which would otherwise be drawn once; refuses to freeze parameters' values."""
+    """Records calls that make random tensors, which would otherwise be drawn once; refuses to freeze a model's values."""
 
     FACTORIES = frozenset({torch.rand, torch.randn, torch.randint, torch.randperm, torch.normal})
 
@@ -135,10 +136,25 @@ class _Functions(TorchFunctionMode):
         in_place = (name.endswith("_") and not name.endswith("__")) or name.startswith("__i") or name == "__setitem__"
         if in_place and args and type(args[0]) is Tensor and len({type(arg) for arg in args} & TRACED):
             raise self.tracer.refuse("changes a tensor that it has made by a value")
-        read = getattr(getattr(func, "__self__", None), "__name__", getattr(func, "__name__", ""))
-        if read not in _SHAPES and any(id(arg) in self.tracer.own_tensors for arg in args):
+        leaves = tree_leaves((args, kwargs))
+        given = {id(leaf) for leaf in leaves if isinstance(leaf, Tensor)}
+        if given & self.tracer.own_tensors and _reads_values(func, args, kwargs):
             raise self.tracer.refuse("computes with parameters or buffers that it did not read as attributes")
+        is_recorded = any(type(leaf) in TRACED for leaf in leaves)
+        if given & self.tracer.plain_tensors and not is_recorded and _reads_values(func, args, kwargs):
+            raise self.tracer.refuse(
+                "computes with tensors that are neither parameters nor buffers, which a graph would freeze"
+            )
         return func(*args, **kwargs)
+
+
+def _reads_values(func: Callable[..., Any], args: Any, kwargs: Any) -> bool:
+    """Whether a function gives more than what tensors without values tell: a shape, a type."""
+    args, kwargs = tree_map_only(Tensor, lambda tensor: tensor.detach().to("meta"), (args, kwargs))
+    try:
+        return any(isinstance(leaf, Tensor) for leaf in tree_leaves(func(*args, **kwargs)))
+    except Exception:  # whatever is raised for want of values
+        return True
 
 
 @contextlib.contextmanager

@@ -24,9 +24,8 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicO
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from se_fx.cost.fakes import Call, as_call, calling, faked
+from se_fx.cost.fakes import Call, as_call, calling, copied, faked
 from se_fx.cost.rules import FREE, POINTWISE, RULES, written
-from se_fx.regions import clone
 
 __all__ = ["NEEDS_VALUES", "NO_COST", "Cost", "Measurement", "Operator", "measure"]
 
@@ -113,9 +112,10 @@ def measure(model: nn.Module, example_inputs: Any, watched: Mapping[str, str] | 
     call = as_call(example_inputs)
     watched = watched or {}
     with calling("example_inputs", call):
-        with contextlib.suppress(*NEEDS_VALUES), faked(model, call) as (copied, fake_call):
-            return _count(copied, fake_call, watched)
-        return _count(clone(model), call, watched)
+        with contextlib.suppress(*NEEDS_VALUES), faked(model, call) as (module, fakes):
+            return _count(module, fakes, watched)
+        with copied(model, call) as (module, copies):
+            return _count(module, copies, watched)
 
 
 #: What is raised on fake tensors where code needs values.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, cast
 
 import torch
@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from se_fx.capture import Snapshot
 from se_fx.errors import SqueezeExciteError, blaming
 from se_fx.regions import clone
 
-__all__ = ["as_batches", "as_call", "calling", "describe_call", "faked"]
+__all__ = ["as_batches", "as_call", "calling", "copied", "describe_call", "faked"]
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -64,25 +65,39 @@ def calling(argument: str, call: Call) -> contextlib.AbstractContextManager[None
 @contextlib.contextmanager
 def faked(model: nn.Module, call: Call) -> Iterator[tuple[nn.Module, Call]]:
     """Within, a copy of `model` and a call, all of whose tensors are fake; meta tensors get the device of the others."""
-    copied = clone(model)
-    devices = [t.device for t in tree_leaves(call) if isinstance(t, Tensor)]
-    devices += [parameter.device for parameter in copied.parameters()]
+    devices = [t.device for t in (*tree_leaves(call), *model.parameters()) if isinstance(t, Tensor)]
     device = next((d for d in devices if d.type != "meta"), torch.device("cpu"))
-    fakes: dict[Tensor, Tensor] = {}
-    with _quiet(), FakeTensorMode(allow_non_fake_inputs=True):
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
 
-        def fake(tensor: Tensor) -> Tensor:
-            if tensor not in fakes:
-                where = device if tensor.device.type == "meta" else tensor.device
-                empty = torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype, device=where)
-                fakes[tensor] = nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
-            return fakes[tensor]
+    def fake(tensor: Tensor) -> Tensor:
+        where = device if tensor.device.type == "meta" else tensor.device
+        with mode:
+            return torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype, device=where)
 
-        for module in copied.modules():
-            if not isinstance(module, torch.jit.ScriptModule):
-                for tensors in (cast("dict[str, Any]", module._parameters), cast("dict[str, Any]", module._buffers)):
-                    tensors.update({name: fake(tensor) for name, tensor in tensors.items() if tensor is not None})
-        yield copied, cast("Call", tree_map_only(Tensor, fake, call))
+    with copied(model, call, fake) as copies, _quiet(), mode:
+        yield copies
+
+
+@contextlib.contextmanager
+def copied(model: nn.Module, call: Call, copy: Callable[[Tensor], Tensor] = Tensor.clone) -> Iterator[tuple[nn.Module, Call]]:
+    """Within, a copy of `model` and a call that may run: each tensor is a copy, and what code does to attributes is undone."""
+    module, copies = clone(model), dict[Tensor, Tensor]()
+    before = Snapshot(module)
+
+    def once(tensor: Tensor) -> Tensor:
+        if tensor not in copies:
+            made = copy(tensor)
+            copies[tensor] = nn.Parameter(made, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else made
+        return copies[tensor]
+
+    for part in module.modules():
+        if not isinstance(part, torch.jit.ScriptModule):
+            for tensors in (cast("dict[str, Any]", part._parameters), cast("dict[str, Any]", part._buffers)):
+                tensors.update({name: once(tensor) for name, tensor in tensors.items() if tensor is not None})
+    try:
+        yield module, cast("Call", tree_map_only(Tensor, once, call))
+    finally:
+        before.undo()
 
 
 @contextlib.contextmanager
