@@ -136,7 +136,7 @@ class _Functions(TorchFunctionMode):
         in_place = (name.endswith("_") and not name.endswith("__")) or name.startswith("__i") or name == "__setitem__"
         if in_place and args and type(args[0]) is Tensor and len({type(arg) for arg in args} & TRACED):
             raise self.tracer.refuse("changes a tensor that it has made by a value")
-        leaves = tree_leaves((args, kwargs))
+        leaves = [leaf for each in (*args, *kwargs.values()) for leaf in (each if type(each) in (list, tuple) else (each,))]
         given = {id(leaf) for leaf in leaves if isinstance(leaf, Tensor)}
         if given & self.tracer.own_tensors and _reads_values(func, args, kwargs):
             raise self.tracer.refuse("computes with parameters or buffers that it did not read as attributes")
