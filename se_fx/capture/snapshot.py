@@ -40,8 +40,8 @@ class Snapshot:
         modules = {id(module): module for module in root.modules() if not isinstance(module, torch.jit.ScriptModule)}
         kinds = {kind for module in modules.values() for kind in type(module).__mro__}
         self.classes = [(kind, dict(vars(kind))) for kind in kinds if kind.__module__.partition(".")[0] not in _NOT_USERS]
-        roots = {key: module.__dict__ for key, module in modules.items()}
-        roots[_CLASSES] = {str(kind): tuple(items.values()) for kind, items in self.classes}
+        roots: dict[int, Any] = {key: module.__dict__ for key, module in modules.items()}
+        roots[_CLASSES] = tuple(tuple(items.values()) for _, items in self.classes)
         # Its own parameters and buffers are changed by graphs as well as by code.
         seen = {id(tensor) for module in modules.values() for own in _own_tensors(module) for tensor in own.values()}
         self.held: dict[int, list[tuple[Any, Any]]] = {key: [] for key in roots}

@@ -137,7 +137,7 @@ class _Functions(TorchFunctionMode):
         if in_place and args and type(args[0]) is Tensor and len({type(arg) for arg in args} & TRACED):
             raise self.tracer.refuse("changes a tensor that it has made by a value")
         leaves = [leaf for each in (*args, *kwargs.values()) for leaf in (each if type(each) in (list, tuple) else (each,))]
-        given = {id(leaf) for leaf in leaves if isinstance(leaf, Tensor)}
+        given = set(map(id, leaves))
         if given & self.tracer.own_tensors and _reads_values(func, args, kwargs):
             raise self.tracer.refuse("computes with parameters or buffers that it did not read as attributes")
         is_recorded = any(type(leaf) in TRACED for leaf in leaves)
@@ -149,12 +149,15 @@ class _Functions(TorchFunctionMode):
 
 
 def _reads_values(func: Callable[..., Any], args: Any, kwargs: Any) -> bool:
-    """Whether a function gives more than what tensors without values tell: a shape, a type."""
+    """Whether a function does anything but tell what tensors without values can tell: a shape, a type."""
     args, kwargs = tree_map_only(Tensor, lambda tensor: tensor.detach().to("meta"), (args, kwargs))
     try:
-        return any(isinstance(leaf, Tensor) for leaf in tree_leaves(func(*args, **kwargs)))
+        return not all(isinstance(leaf, _ABOUT) for leaf in tree_leaves(func(*args, **kwargs)))
     except Exception:  # whatever is raised for want of values
         return True
+
+
+_ABOUT = (int, str, torch.Size, torch.dtype, torch.device, torch.layout, torch.memory_format)
 
 
 @contextlib.contextmanager

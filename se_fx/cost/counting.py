@@ -24,7 +24,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicO
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from se_fx.cost.fakes import Call, as_call, calling, copied, faked
+from se_fx.cost.fakes import Call, as_call, calling, faked, isolated
 from se_fx.cost.rules import FREE, POINTWISE, RULES, written
 
 __all__ = ["NEEDS_VALUES", "NO_COST", "Cost", "Measurement", "Operator", "measure"]
@@ -114,7 +114,7 @@ def measure(model: nn.Module, example_inputs: Any, watched: Mapping[str, str] | 
     with calling("example_inputs", call):
         with contextlib.suppress(*NEEDS_VALUES), faked(model, call) as (module, fakes):
             return _count(module, fakes, watched)
-        with copied(model, call) as (module, copies):
+        with isolated(model, call) as (module, copies):
             return _count(module, copies, watched)
 
 

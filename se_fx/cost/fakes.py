@@ -16,7 +16,7 @@ from se_fx.capture import Snapshot
 from se_fx.errors import SqueezeExciteError, blaming
 from se_fx.regions import clone
 
-__all__ = ["as_batches", "as_call", "calling", "copied", "describe_call", "faked"]
+__all__ = ["as_batches", "as_call", "calling", "describe_call", "faked", "isolated"]
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -74,12 +74,12 @@ def faked(model: nn.Module, call: Call) -> Iterator[tuple[nn.Module, Call]]:
         with mode:
             return torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype, device=where)
 
-    with copied(model, call, fake) as copies, _quiet(), mode:
+    with isolated(model, call, fake) as copies, _quiet(), mode:
         yield copies
 
 
 @contextlib.contextmanager
-def copied(model: nn.Module, call: Call, copy: Callable[[Tensor], Tensor] = Tensor.clone) -> Iterator[tuple[nn.Module, Call]]:
+def isolated(model: nn.Module, call: Call, copy: Callable[[Tensor], Tensor] = Tensor.clone) -> Iterator[tuple[nn.Module, Call]]:
     """Within, a copy of `model` and a call that may run: each tensor is a copy, and what code does to attributes is undone."""
     module, copies = clone(model), dict[Tensor, Tensor]()
     before = Snapshot(module)

@@ -104,6 +104,7 @@ READS: dict[str, Callable[[Any], Any]] = {
     "in a tuple": lambda m: m.pair[0].exp(),
     "in an object": lambda m: m.holder.n + 1,
     "of a class": lambda m: m.of_class + 1,
+    "bytes": lambda m: m.n.untyped_storage().tolist()[2],
 }
 
 
@@ -130,6 +131,28 @@ def test_asking_for_shapes_is_no_reading() -> None:
 
     result = se_fx.transform(network(a_class(lambda _: None, read), conv=True), min_channels=1)
     assert "1.conv" in {node.target for node in result.graph.nodes}  # looked into
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda m: setattr(next(m.parameters()), "grad", None),
+        lambda m: next(m.parameters()).data.zero_(),
+        lambda m: next(m.buffers()).fill_(1),
+    ],
+    ids=["a gradient", "data", "a buffer"],
+)
+def test_own_tensors_are_left_alone(change: Callable[[Any], Any]) -> None:
+    model = network(a_class(change, lambda _: 1), conv=True)
+    model[1].register_buffer("state_of_it", torch.zeros(1))
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    tensors = [*model.parameters(), *model.buffers()]
+    before = [tensor.detach().clone() for tensor in tensors]
+    for use in USES.values():
+        use(model)
+        assert all(map(torch.equal, before, tensors))
+        assert all(parameter.grad is not None for parameter in model[1].conv.parameters())
 
 
 @pytest.mark.parametrize(
