@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -10,12 +12,19 @@ import pytest
 import torch
 from recomputed import CHANNELS, UNITS, Gate, Mobile, Residual, assert_alike, conv, kept_maps, step
 from torch import Tensor, nn
-from torch.autograd import gradcheck, gradgradcheck
+from torch.autograd import forward_ad, gradcheck, gradgradcheck
 
 import se_fx
 from se_fx.rewrites import ROUNDED, TRAINING_REWRITES
+from se_fx.rewrites.training import calls
 
 X = torch.randn(3, CHANNELS, 6, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture(autouse=True, params=["at once", "by sample"])
+def sums(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gates' gradients are summed either way."""
+    monkeypatch.setattr(calls, "LARGE", 0 if request.param == "by sample" else 2**60)
 
 
 def optimized(model: nn.Module, **options: Any) -> tuple[nn.Module, nn.Module]:
@@ -186,3 +195,49 @@ def test_low_precision_and_autocast(name: str, kind: torch.dtype) -> None:
         each.to(kind)
     assert kept_maps(copy.deepcopy(lean), X.to(kind)) == after
     assert_alike(step(lean, X.to(kind)), step(model, X.to(kind)), 1e-2 if kind != torch.float32 else 1e-4)
+
+
+def test_a_graph_that_is_kept_and_one_that_is_not() -> None:
+    model, lean = optimized(Residual())
+    for each in (model, lean):
+        loss = each(X).square().sum()
+        loss.backward(retain_graph=True)
+        loss.backward()
+    for one, other in zip(lean.parameters(), model.parameters(), strict=True):
+        torch.testing.assert_close(one.grad, other.grad, rtol=1e-10, atol=1e-12)
+    with pytest.raises(RuntimeError, match="second time"):
+        loss.backward()
+
+
+def test_nothing_is_left_after_the_backward_pass() -> None:
+    """Though what it computed is: a loss that somebody logs."""
+    _, lean = optimized(Residual())
+    kept: list[weakref.ref[Tensor]] = []
+    lean.conv.register_forward_hook(lambda *found: kept.append(weakref.ref(found[2])))
+    model = se_fx.optimize_for_training(lean)
+    loss = model(X).square().sum()
+    loss.backward()
+    gc.collect()
+    assert kept
+    assert kept[0]() is None
+
+
+def test_forward_derivatives() -> None:
+    model, lean = optimized(Residual())
+    tangent = torch.randn_like(X)
+    found = []
+    for each in (model, lean):
+        with forward_ad.dual_level():
+            found.append(forward_ad.unpack_dual(each(forward_ad.make_dual(X, tangent))).tangent)
+    torch.testing.assert_close(found[1], found[0], rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_low_precision(dtype: torch.dtype) -> None:
+    model, lean = optimized(Residual())
+    rounded = X.to(dtype)
+    _, own, _ = step(model.to(dtype), rounded)
+    _, other, _ = step(lean.to(dtype), rounded)
+    _, exact, _ = step(model.double(), rounded.double())
+    for a, b, gradient in zip(other, own, exact, strict=True):
+        assert (a - gradient).norm() <= 2 * (b - gradient).norm() + 1e-3 * gradient.norm()

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
 
 from se_fx.regions import hooked
@@ -116,7 +117,7 @@ class _Watch(TorchFunctionMode):
             return F.batch_norm(*call)
         operands = (input, weight, bias, running_mean, running_var)
         result, mean, invstd, *_ = torch._batch_norm_impl_index(*operands, True, momentum, eps, torch.backends.cudnn.enabled)
-        self.recipe = Recipe(_Normalized(eps), source, weight, bias, mean, invstd)
+        self.recipe = Recipe(_Normalized(eps), source, weight, bias, mean, invstd, by_sample=mean.dtype in _PRECISE)
         return result
 
     def _group_norm(self, call: GroupNorm) -> Tensor:
@@ -211,10 +212,13 @@ class _Normalized:
         self.eps = eps
 
     def __call__(self, input: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, invstd: Tensor) -> Tensor:
-        if mean.dtype not in (torch.float32, torch.float64):  # rounded: the batch itself knows better
+        if mean.dtype not in _PRECISE:  # rounded: the batch itself knows better
             return torch.native_batch_norm(input, weight, bias, None, None, True, 0.0, self.eps)[0]
         weight, bias = (each if each is None else each.to(mean.dtype) for each in (weight, bias))
         return torch.native_batch_norm(input, weight, bias, mean, invstd**-2, False, 0.0, 0.0)[0]
+
+
+_PRECISE = (torch.float32, torch.float64)
 
 
 def held(value: Tensor) -> Recipe | None:
@@ -243,8 +247,48 @@ def product(value: Tensor, gate: Tensor, recipe: Recipe | None) -> Tensor:
     """``value * gate``, for which only the recipe of the value is kept, if there is one."""
     if recipe is None or not is_kept(value):
         return value * gate
-    with Recomputed(value, recipe):
+    keeps = Recomputed(value, recipe)
+    with keeps:
+        return _Product.apply(value, gate, keeps) if _is_by_sample(value, gate) else value * gate
+
+
+class _Product(torch.autograd.Function):
+    """``value * gate``, whose gate's gradient is summed sample by sample, which is less to write and read than all at once.
+
+    Derivatives of that are those of the plain formula.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, gate: Tensor, keeps: Recomputed) -> Tensor:
+        ctx.save_for_backward(value if ctx.needs_input_grad[1] else None, gate)
+        ctx.keeps = keeps
         return value * gate
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        last = ctx.keeps.last and ctx.keeps.last()
+        for_gate = None
+        if last is None or torch.is_grad_enabled():
+            value, gate = ctx.saved_tensors
+            if ctx.needs_input_grad[1]:
+                for_gate = (gradient * value).sum_to_size(gate.shape)
+        else:
+            with last.spared():
+                _, gate = ctx.saved_tensors
+            for_gate = last.times(gradient)
+        return gradient * gate if ctx.needs_input_grad[0] else None, for_gate, None
+
+
+#: Bytes of maps that leave the CPU's caches: what is as large is made sample by sample.
+LARGE = 4 * 2**20
+
+
+def _is_by_sample(value: Tensor, gate: Tensor) -> bool:
+    """Whether summing sample by sample is worth it, as it is where the CPU's caches hold one and not all, and right."""
+    is_plain = type(value) is Tensor and type(gate) is Tensor and value.dtype == gate.dtype and value.is_floating_point()
+    of_each = value.ndim == 4 and gate.shape == (*value.shape[:2], 1, 1)
+    is_large = value.device.type == "cpu" and value.numel() * value.element_size() > LARGE
+    return is_plain and of_each and is_large and forward_ad._current_level < 0
 
 
 def reading(callee: Callee, value: Tensor, recipe: Recipe | None, *args: Any, **kwargs: Any) -> Any:

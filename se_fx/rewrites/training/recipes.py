@@ -8,7 +8,10 @@ activation checkpointing or offloading, or else with the check that nobody has c
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import itertools
+import weakref
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -27,10 +30,12 @@ class Recipe:
     Args:
         run: a function of tensors that gives the same for the same, and changes nothing, since that may be used once more.
         sources: what it is called with: tensors, recipes of tensors, or None.
+        by_sample: whether it gives each sample for what the maps among its sources are for that sample.
     """
 
-    def __init__(self, run: Callable[..., Tensor], *sources: Tensor | Recipe | None) -> None:
+    def __init__(self, run: Callable[..., Tensor], *sources: Tensor | Recipe | None, by_sample: bool = True) -> None:
         self.run, self.sources = run, sources
+        self.by_sample: bool = by_sample and all(source.by_sample for source in sources if isinstance(source, Recipe))
         self.shelf = _Shelf()
         self._versions = [source._version if isinstance(source, Tensor) else 0 for source in sources]
 
@@ -87,7 +92,7 @@ class _Computed:
     """A recipe whose sources are kept."""
 
     def __init__(self, recipe: Recipe, hooks: Hooks | None) -> None:
-        self.run, self.shelf = recipe.run, recipe.shelf
+        self.run, self.shelf, self.by_sample = recipe.run, recipe.shelf, recipe.by_sample
         self.sources = [
             _Kept(source, hooks) if isinstance(source, Tensor) else source and _Computed(source, hooks)
             for source in recipe.sources
@@ -109,9 +114,24 @@ class _Computed:
         self.shelf.put(value, self.shelf.readers)
         return value
 
+    def samples(self, count: int) -> Iterator[Tensor]:
+        """Each of so many samples by itself, so that there is room for one only, unless it is known already."""
+        if self.shelf.value is not None:
+            yield from self.shelf.value.chunk(count)
+            return
+        parts = (source.samples(count) if isinstance(source, _Computed) else _samples(source, count) for source in self.sources)
+        for values in zip(*parts, strict=True):
+            yield self.run(*values)
+
     def _run(self) -> Tensor:
         values = [source.within() if isinstance(source, _Computed) else source and source() for source in self.sources]
         return self.run(*values)
+
+
+def _samples(kept: Any, count: int) -> Iterable[Tensor | None]:
+    value: Tensor | None = kept and kept()
+    is_of_samples = value is not None and value.ndim == 4 and len(value) == count  # else it is for all of them
+    return value.chunk(count) if value is not None and is_of_samples else itertools.repeat(value, count)
 
 
 class _Last:
@@ -119,17 +139,46 @@ class _Last:
 
     def __init__(self, recipe: Recipe, hooks: Hooks | None, device: str) -> None:
         self.computed = _Computed(recipe, hooks)
-        self.device = device
+        self.device, self.is_spared = device, False
         self.autocast = (torch.is_autocast_enabled(device), torch.get_autocast_dtype(device))
         recipe.shelf.readers += 1
 
     def __call__(self) -> Tensor:
+        if self.is_spared:
+            return torch.empty(0)
+        with self._as_it_was():
+            return self.computed()
+
+    def times(self, gradient: Tensor) -> Tensor:
+        """The sum over space of the value times a gradient, (N, C, 1, 1). Sample by sample: nothing of their size is made."""
+        shelf, sums = self.computed.shelf, []
+        with self._as_it_was():
+            alone = shelf.value is None and shelf.readers == 1 and self.computed.by_sample
+            count = len(gradient)
+            values = self.computed.samples(count) if alone else self.computed().chunk(count)
+            for value, one in zip(values, gradient.chunk(count), strict=True):
+                with torch.autocast(self.device, enabled=False) if self.autocast[0] else contextlib.nullcontext():
+                    sums.append((one * value).sum((2, 3), keepdim=True))
+        return torch.cat(sums)
+
+    @contextlib.contextmanager
+    def spared(self) -> Iterator[None]:
+        """Within, autograd is given something else, at no cost."""
+        self.is_spared = True
+        try:
+            yield
+        finally:
+            self.is_spared = False
+
+    @contextlib.contextmanager
+    def _as_it_was(self) -> Iterator[None]:
         is_on, dtype = self.autocast
         with torch.no_grad():
             if not is_on and not torch.is_autocast_enabled(self.device):
-                return self.computed()
+                yield
+                return
             with torch.autocast(self.device, dtype=dtype, enabled=is_on):
-                return self.computed()
+                yield
 
 
 def is_kept(value: Any) -> bool:
@@ -157,6 +206,7 @@ class Recomputed:
     def __init__(self, value: Tensor, recipe: Recipe | None, *, settles: bool = False) -> None:
         self.hooks, self.place, self.device = _hooks_around(), _place(value), value.device.type
         self.recipe = recipe
+        self.last: weakref.ref[_Last] | None = None  # which lives as long as autograd keeps it
         self.open: list[tuple[_Packed, Tensor]] | None = [] if settles else None
 
     def __enter__(self) -> None:
@@ -170,7 +220,9 @@ class Recomputed:
 
     def _pack(self, tensor: Tensor) -> _Packed:
         if self.recipe is not None and _place(tensor) == self.place and self.recipe.is_current():
-            return _Packed(_Last(self.recipe, self.hooks, self.device))
+            last = _Last(self.recipe, self.hooks, self.device)
+            self.last = weakref.ref(last)
+            return _Packed(last)
         if self.open is None:
             return _Packed(_Kept(tensor, self.hooks))
         packed = _Packed(None)
