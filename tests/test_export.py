@@ -176,6 +176,21 @@ def test_networks_of_others(name: str, tmp_path: Path) -> None:
     assert_onnx_close(program, model, IMAGES, tmp_path / "model.onnx", rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.parametrize("target", [None, "export"])
+@pytest.mark.parametrize("name", ["seresnet18", "regnety_002", "mobilenetv3_small_050", "gcresnext26ts"])
+def test_programs_of_optimised_networks_are_operators_on_tensors_alone(name: str, target: str | None) -> None:
+    """All else, such as asking for the type of a sum, breaks the graph where they are compiled."""
+    model, x = timm.create_model(name).eval(), torch.randn(1, 3, 64, 64)
+    options = {} if target is None else {"target": target}
+    program = torch.export.export(se_fx.optimize_for_inference(model, **options), (x,))
+    called = [node.target for node in program.graph.nodes if node.op == "call_function"]
+    names = {str(function) for function in called} - {"<built-in function getitem>"}
+    assert names
+    assert all("Tensor" in str(function._schema.returns[0].type) for function in called if str(function) in names), names
+    compiled = torch.compile(program.module(), backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x), program.module()(x))
+
+
 def test_googlenet_exports_in_both_modes() -> None:
     model = se_fx.transform(torchvision.models.googlenet(init_weights=False, num_classes=10), min_channels=192, init="identity")
     images = torch.randn(3, 3, 64, 64)
