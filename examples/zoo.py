@@ -364,11 +364,11 @@ def check_stranger(name: str, attempts: Callable[[str], Iterator[Attempt]], mode
     found = load(name, attempts, modes)
     if not isinstance(found, tuple):
         return found
-    for check_one in (check_placements, check_transform):
-        row = check_one(name, *found, modes)
-        if not row.good:
-            return row
-    return dataclasses.replace(row, optimized=difference(*found))
+    in_place = check_placements(name, *found, modes)
+    row = check_transform(name, *found, modes) if in_place.good else in_place
+    if not row.good:
+        return row
+    return dataclasses.replace(row, result=in_place.result, optimized=difference(*found))
 
 
 def difference(model: nn.Module, args: tuple[Any, ...]) -> str:

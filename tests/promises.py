@@ -185,12 +185,14 @@ def training(case: Case) -> Pairs:
     expected, found = (gradients_of(model, case.recipe) for model in (result, optimized))
     if isinstance(expected, dict):
         assert isinstance(found, dict), found
+        # Of a bias before a norm, it is nothing but what rounding leaves of the others.
+        largest = max((float(each.abs().max()) for each in expected.values() if each is not None), default=0.0)
         for name, gradient in expected.items():
             assert (gradient is None) == (found[name] is None), name
             if gradient is not None:
-                torch.testing.assert_close(
-                    found[name], gradient, rtol=1e-2, atol=1e-3 * float(gradient.abs().max()), equal_nan=True
-                )
+                noise = 4 * torch.finfo(gradient.dtype).eps * largest
+                atol = 1e-3 * float(gradient.abs().max()) + noise
+                torch.testing.assert_close(found[name], gradient, rtol=1e-2, atol=atol, equal_nan=True)
     assert_same_tensors(se_fx.optimize_for_training(case.result), case.result)
     yield se_fx.optimize_for_training(case.result), case.result
 

@@ -20,10 +20,11 @@ class InsertBlocks(PassBase):
 
     Args:
         blocks: for each block its target in the graph module, the module, and where it goes.
+        recompiles: whether to generate the graph module's code anew, which takes as long as all else.
     """
 
-    def __init__(self, blocks: Iterable[tuple[str, nn.Module, Spot]]) -> None:
-        self.blocks = tuple(blocks)
+    def __init__(self, blocks: Iterable[tuple[str, nn.Module, Spot]], *, recompiles: bool = True) -> None:
+        self.blocks, self.recompiles = tuple(blocks), recompiles
 
     def requires(self, graph_module: fx.GraphModule) -> None:
         """Check that every node belongs to this graph.
@@ -70,5 +71,6 @@ class InsertBlocks(PassBase):
                 }
                 if "stack_trace" in node.meta:
                     scaled.meta["stack_trace"] = node.meta["stack_trace"]
-        graph_module.recompile()
+        if self.recompiles:
+            graph_module.recompile()
         return PassResult(graph_module, bool(self.blocks))
