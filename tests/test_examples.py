@@ -13,9 +13,11 @@ import comparison
 import custom_attention
 import digits
 import finetune
+import lean_training
 import matplotlib.image
 import pytest
 import scipy.stats
+import timm
 import timm.layers
 import torch
 import torchvision
@@ -255,3 +257,17 @@ def test_depthwise_and_strided(custom_placement: ModuleType) -> None:
     assert [site.name for site in reports["depthwise"].sites] == depthwise
     names = ["conv1", "layer2.0.conv1", "layer3.0.conv1", "layer4.0.conv1"]
     assert [site.name for site in reports["strided"].sites] == names
+
+
+def test_lean_training_starts_alike(tmp_path: Path) -> None:
+    arguments = argparse.Namespace(steps=3, batch_size=8, size=32, lr=0.02, compiled=False)
+    torch.manual_seed(0)
+    found, kept = lean_training.losses(timm.create_model("seresnet18", num_classes=digits.CLASSES), arguments)
+    as_it_is, lean = found[lean_training.AS_IT_IS], found["optimised"]
+    assert lean[0] == as_it_is[0]  # the first forward pass is the same, bit for bit
+    assert lean[1:] == pytest.approx(as_it_is[1:], rel=1e-3)
+    assert as_it_is[-1] != as_it_is[0]
+    assert kept["optimised"] < 0.95 * kept[lean_training.AS_IT_IS]
+    assert "optimised" in lean_training.table(found, kept)
+    lean_training.plot(found, "three steps", str(tmp_path / "plot.png"))
+    assert matplotlib.image.imread(tmp_path / "plot.png")[..., :3].std() > 0.05
