@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 __all__ = ["VectorLinear", "few", "in_type_of", "scaled"]
 
@@ -24,7 +24,7 @@ def scaled(value: Tensor, gate: Tensor) -> Tensor:
 
 def in_type_of(value: Tensor, first: Tensor, second: Tensor) -> Tensor:
     """A value in the type of a sum or product of two others, which have dimensions: nothing to do, where that is its own."""
-    if isinstance(value, fx.Proxy):
+    if torch.overrides.has_torch_function_variadic(value, first, second) and not torch.compiler.is_compiling():
         return value.to(torch.result_type(first, second))
     # A call of `promote_types` would be in exported programs, where compilers can't follow it.
     dtype = first.dtype if first.dtype == second.dtype else torch.promote_types(first.dtype, second.dtype)
