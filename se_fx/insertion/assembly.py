@@ -244,8 +244,7 @@ def _with_blocks(
     for node in edited.nodes:
         if node.op == "call_module" and node.target in by_themselves:
             node.kwargs = {**node.kwargs, EXCITE: False}
-    moved = [(target, block, _moved(spot, twin)) for target, block, spot in blocks]
-    InsertBlocks(moved, recompiles=False)(view(module, edited, compiled=False))  # whose code nobody runs
+    InsertBlocks((target, block, _moved(spot, twin)) for target, block, spot in blocks)(view(module, edited, compiled=False))
     return edited
 
 

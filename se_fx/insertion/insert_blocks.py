@@ -20,11 +20,10 @@ class InsertBlocks(PassBase):
 
     Args:
         blocks: for each block its target in the graph module, the module, and where it goes.
-        recompiles: whether to generate the graph module's code anew, which takes as long as all else.
     """
 
-    def __init__(self, blocks: Iterable[tuple[str, nn.Module, Spot]], *, recompiles: bool = True) -> None:
-        self.blocks, self.recompiles = tuple(blocks), recompiles
+    def __init__(self, blocks: Iterable[tuple[str, nn.Module, Spot]]) -> None:
+        self.blocks = tuple(blocks)
 
     def requires(self, graph_module: fx.GraphModule) -> None:
         """Check that every node belongs to this graph.
@@ -50,7 +49,7 @@ class InsertBlocks(PassBase):
                 assert all(position[node] < position[user] for user in node.users)
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
-        """Edit `graph_module` in place."""
+        """Edit the graph in place. Its code is left to whoever will run it to generate: that takes as long as all else."""
         graph = graph_module.graph
         scaled_by_all: dict[fx.Node, fx.Node] = {}
         for target, block, spot in self.blocks:
@@ -71,6 +70,4 @@ class InsertBlocks(PassBase):
                 }
                 if "stack_trace" in node.meta:
                     scaled.meta["stack_trace"] = node.meta["stack_trace"]
-        if self.recompiles:
-            graph_module.recompile()
         return PassResult(graph_module, bool(self.blocks))

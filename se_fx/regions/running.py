@@ -45,8 +45,8 @@ def view(module: nn.Module, graph: fx.Graph, *, compiled: bool = True) -> fx.Gra
     Args:
         module: the module whose graph it is.
         graph: the graph.
-        compiled: whether to generate its code, and to have containers of its own; if not, a pass does the one, in `recompile`,
-            and what it adds to a container is added to the module's.
+        compiled: whether to generate its code, and to have containers of its own; if not, nobody can run it, and what a pass
+            adds to a container is added to the module's.
     """
     if compiled:
         return GraphRegion(module, graph, own_class(module).__name__)
