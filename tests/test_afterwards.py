@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import operator
 import pickle
+import unittest.mock
 from collections.abc import Callable
 from typing import Any
 
@@ -324,8 +325,9 @@ def test_blocks_are_bypassed_for_a_while(insert: Callable[..., nn.Module]) -> No
     assert torch.equal(full(X), before)
 
 
-def test_an_ensemble_of_results_made_alike() -> None:
-    models = [applied(network(), seed=seed) for seed in (1, 2, 3)]  # each fx.GraphModule is of a class of its own
+@BOTH
+def test_an_ensemble_of_results_made_alike(insert: Callable[..., nn.Module]) -> None:
+    models = [insert(network(), seed=seed) for seed in (1, 2, 3)]
     extra = [name for name in models[0].state_dict() if name.endswith("_extra_state")]
     assert extra
     parameters, buffers = stack_module_state(models)
@@ -333,6 +335,40 @@ def test_an_ensemble_of_results_made_alike() -> None:
     found = torch.vmap(lambda p, b: functional_call(base, (p, b), (X,)))(parameters, buffers)
     for one, model in zip(found, models, strict=True):
         torch.testing.assert_close(one, model(X), rtol=1e-4, atol=1e-5)
+
+
+class WithDefault(nn.Module):
+    """Adds a number, which its callers may leave out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 1)
+
+    def forward(self, x: Tensor, added: float = 1.0) -> Tensor:
+        return self.conv(x) + added
+
+
+def test_models_made_alike_share_their_code_until_one_is_edited() -> None:
+    one, two, three = (transformed(network(), seed=seed) for seed in (1, 2, 3))
+    assert type(one) is type(two) is type(copy.deepcopy(three)) is type(pickle.loads(pickle.dumps(one)))
+    before = two(X)
+    output = next(node for node in one.graph.nodes if node.op == "output")
+    with one.graph.inserting_before(output):
+        output.replace_input_with(output.all_input_nodes[0], one.graph.call_function(torch.zeros_like, output.args))
+    one.recompile()
+    assert type(one) is not type(two)
+    assert not one(X).any()
+    assert not copy.deepcopy(one)(X).any()
+    assert torch.equal(two(X), before)
+
+
+def test_defaults_of_arguments_tell_models_apart() -> None:
+    first = transformed(WithDefault())
+    with unittest.mock.patch.object(WithDefault.forward, "__defaults__", (2.0,)):
+        second = transformed(WithDefault())
+        second.load_state_dict(first.state_dict())
+        torch.testing.assert_close(second(X), first(X, 2.0))
+    torch.testing.assert_close(first(X), first(X, 1.0))
 
 
 @BOTH

@@ -1,4 +1,7 @@
-"""Classes of modules that run something else than their own code: made for one module each, its own class among their bases."""
+"""Classes of modules that run something else than their own code, with this own class among their bases.
+
+Modules that run the same code are of one class, as models made alike are.
+"""
 
 from __future__ import annotations
 
@@ -45,6 +48,7 @@ class Rewritten:
     _own_graph: fx.Graph | None = None  # of a module that was an fx.GraphModule before
     _added: tuple[str, ...] = ()  # attributes that only an fx.GraphModule needs
     _host: Forwards | None = None
+    _region: Forwards | None = None  # of an fx.GraphModule
 
     def __init_subclass__(cls) -> None:
         """Nothing: these are no classes that whoever keeps a list of a model's subclasses is to know."""
@@ -186,10 +190,11 @@ class GraphRegion(Rewritten, fx.GraphModule):
     def _copied(self, attributes: Mapping[str, Any], copied: Any = None) -> Any:
         copied = super()._copied(attributes, copied)
         edited = copied.__dict__.get("_edited", False)
-        keeps = isinstance(self, self._own_class)
-        copied.__class__ = _graph_class(self._own_class, self._own_graph, self._added, self._host, keeps=keeps)
-        copied.recompile()
+        copied.__class__ = _anew(type(self))
+        copied._generate()
         copied.__dict__["_edited"] = edited
+        if not edited:
+            _share_class(copied)
         return copied
 
     @property
@@ -209,7 +214,14 @@ class GraphRegion(Rewritten, fx.GraphModule):
         self.recompile()
 
     def recompile(self) -> Any:
-        """Generate the code of both modes' graphs anew."""
+        """Generate the code of both modes' graphs anew, which this module alone then runs."""
+        if hasattr(self, "_own_class"):
+            self.__class__ = _anew(type(self))
+        code = self._generate()
+        self.__dict__["_edited"] = True
+        return code
+
+    def _generate(self) -> Any:
         graphs = self.__dict__.get("_graphs", {False: self._graph})
         forwards: dict[fx.Graph, Forward] = {}
         code = None
@@ -219,12 +231,12 @@ class GraphRegion(Rewritten, fx.GraphModule):
                 graph.owning_module = self
                 code = super().recompile()
                 forwards[graph] = type(self).forward
-        self.__dict__["_edited"] = True
         region = {mode: forwards[graphs.get(mode, self._graph)] for mode in (True, False)}
         if "_graphs" not in self.__dict__:  # a view of a graph, for passes
             type(self).forward = by_mode(region)
         else:
             excited = bool(self.__dict__.get("_excited_by"))
+            type(self)._region = region
             type(self).forward = forward_of(type(self)._own_class, region, self._host, excited=excited)
         return code
 
@@ -256,8 +268,9 @@ def give_class(
     graphs = module.__dict__["_graphs"]
     module.__dict__["_graph"] = graphs[module.training]
     module.__class__ = _graph_class(own, own_graph, added, host, keeps=keeps)
-    module.recompile()  # type: ignore[operator]
+    module._generate()  # type: ignore[operator]
     module.__dict__["_edited"] = False
+    _share_class(module)
 
 
 def _graph_class(
@@ -268,7 +281,7 @@ def _graph_class(
     *,
     keeps: bool = True,
 ) -> type[GraphRegion]:
-    """A class for one instance, as fx has it: generated code is a method. Of fx's name, which fx looks for in bases."""
+    """A class for generated code, which is a method, as fx has it. Of fx's name, which fx looks for in bases."""
     keeps = keeps and not issubclass(own, fx.GraphModule)
     bases: tuple[type, ...] = (GraphRegion, own) if keeps else (GraphRegion,)
     bases = (Sequence, *bases) if keeps and issubclass(own, nn.Sequential) else bases
@@ -283,6 +296,40 @@ def _graph_class(
     region = types.new_class("GraphModuleImpl", bases, exec_body=lambda body: body.update(attributes))
     region.__name__ = own.__name__
     return region
+
+
+def _anew(made: type[GraphRegion]) -> type[GraphRegion]:
+    """The same class again, for other code."""
+    if "_own_class" not in vars(made):  # a class that others have made of it
+        return types.new_class(made.__name__, (made,))
+    return _graph_class(made._own_class, made._own_graph, made._added, made._host, keeps=issubclass(made, made._own_class))
+
+
+def _share_class(module: Any) -> None:
+    """Have `module`, whose code was just generated, be of the class of another that runs the same code, if there is one.
+
+    So models made alike are of one class, and what one of them has compiled serves the others.
+    """
+    made = type(module)
+    if made._own_graph is None:
+        alike = (made._own_class, made._added, issubclass(made, made._own_class), bool(module.__dict__.get("_excited_by")))
+        module.__class__ = _of_graphs.setdefault((*alike, _told_by(made._region), _told_by(made._host)), made)
+
+
+_of_graphs: weakref.WeakValueDictionary[tuple[Any, ...], type[GraphRegion]] = weakref.WeakValueDictionary()
+
+
+def _told_by(forwards: Forwards | None) -> tuple[Any, ...]:
+    """What tells generated functions apart: the mode, the code, what this refers to by name, and defaults of arguments."""
+    told: list[Any] = []
+    for mode, forward in sorted((forwards or {}).items()):
+        refers = {name: id(forward.__globals__[name]) for name in forward.__code__.co_names if name in forward.__globals__}
+        told += [mode, forward.__code__, tuple(refers.items())]
+        told += [(type(each), repr(each)) if type(each) in _PLAIN else id(each) for each in forward.__defaults__ or ()]
+    return tuple(told)
+
+
+_PLAIN = (int, float, bool, str, type(None))
 
 
 def _class(
