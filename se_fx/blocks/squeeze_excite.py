@@ -13,14 +13,12 @@ from se_fx.arguments import check_flag, check_floating, is_count, is_number
 from se_fx.blocks.extra_state import decoded, encoded, function_name, same_function
 from se_fx.errors import SqueezeExciteError, shown
 
-__all__ = ["ACTIVATIONS", "BLOCKS", "GATES", "INITS", "MOST_CHANNELS", "SqueezeExcite2d", "latent_width"]
+__all__ = ["ACTIVATIONS", "GATES", "INITS", "MOST_CHANNELS", "SqueezeExcite2d", "latent_width"]
 
 #: Gate functions by name. Each maps the excitation's logits to the factors a channel is scaled by.
 GATES: dict[str, Callable[[], nn.Module]] = {"sigmoid": nn.Sigmoid, "hardsigmoid": nn.Hardsigmoid}
 #: Hidden activations by name.
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {"relu": nn.ReLU, "silu": nn.SiLU, "gelu": nn.GELU}
-#: Attention blocks of others by name, factories ``channels -> nn.Module``. Empty, for whoever wants to save plans with them.
-BLOCKS: dict[str, Callable[[int], nn.Module]] = {}
 #: Initialisations by name; see `SqueezeExcite2d`.
 INITS = ("default", "identity")
 #: The most channels that a block is made for: more than any network has.

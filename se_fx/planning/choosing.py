@@ -168,7 +168,7 @@ class _Names:
 
 def _site(name: str, channels: int, placement: str, options: Options, names: _Names) -> Site:
     if options.block is not None:
-        site = Site(name, channels, None, placement, block=names.of("block", options.block))
+        site = Site(name, channels, None, placement, options.init, block=names.of("block", options.block))
     else:
         width = latent_width(options.latent_channels, channels)
         activation, gate = names.of("activation", options.activation), names.of("gate", options.gate)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from se_fx.blocks import BLOCKS, SqueezeExcite2d
+from se_fx.blocks import BLOCKS, IdentityStart, SqueezeExcite2d
 from se_fx.errors import SqueezeExciteError, blaming
 from se_fx.planning.plan import Callables
 from se_fx.planning.site import Site
@@ -50,7 +50,7 @@ def new_block(
             raise SqueezeExciteError(
                 f"block={site.block!r}: expected a factory channels -> nn.Module, and it made a {type(block).__name__}"
             )
-        block = block.to(dtype=dtype)
+        block = (IdentityStart(block) if site.init == "identity" else block).to(dtype=dtype)
     return block.to(device).train(conv is None or conv.training)  # type: ignore[no-any-return]
 
 

@@ -1,10 +1,11 @@
 """The rewrites for inference, one a module, in the order they are applied in.
 
-Constant gates come first, since they leave factors that fold as norms do; norms next, so that hoisting composes one matrix and
-not two; products when no matrix will change any more; scales last.
+Blends come first, since they leave gates; constant gates next, since they leave factors that fold as norms do; then norms, so
+that hoisting composes one matrix and not two; products when no matrix will change any more; scales last.
 """
 
 from se_fx.rewrites.change import Rewrite
+from se_fx.rewrites.inference.blends import blends
 from se_fx.rewrites.inference.constant_gates import constant_gates
 from se_fx.rewrites.inference.fold_norms import fold_norms
 from se_fx.rewrites.inference.fuse_scales import fuse_scales
@@ -15,6 +16,7 @@ __all__ = ["REWRITES"]
 
 #: All rewrites by name, in the order they are applied in.
 REWRITES: dict[str, Rewrite] = {
+    "blends": blends,
     "constant_gates": constant_gates,
     "fold_norms": fold_norms,
     "hoist_squeezes": hoist_squeezes,
