@@ -3,7 +3,18 @@
 from se_fx.blocks import SqueezeExcite2d
 from se_fx.cost import Cost, Machine, measure_machine
 from se_fx.errors import SqueezeExciteError
-from se_fx.measure import Benchmark, Folding, GateProfile, SiteGates, bench, blocks_of, bypassed, fold_gates, profile_gates
+from se_fx.measure import (
+    Benchmark,
+    Folding,
+    GateProfile,
+    SiteGates,
+    bench,
+    blocks_of,
+    bypassed,
+    fold_gates,
+    profile_gates,
+    score,
+)
 from se_fx.optimize import optimize_for_inference, optimize_for_training
 from se_fx.planning import Plan, Site
 from se_fx.report import Report
@@ -37,6 +48,7 @@ __all__ = [
     "profile_gates",
     "remove",
     "report",
+    "score",
     "suggest",
     "transform",
 ]

@@ -8,9 +8,11 @@ from se_fx.measure.bypass import blocks_of, bypassed
 from se_fx.measure.changes import Changes
 from se_fx.measure.folding import FoldedSite, Folding, KeptSite, fold_gates
 from se_fx.measure.gates import GateProfile, SiteGates, profile_gates
+from se_fx.measure.saliency import SALIENCIES, score
 from se_fx.measure.timings import Benchmark, Row
 
 __all__ = [
+    "SALIENCIES",
     "Benchmark",
     "Changes",
     "FoldedSite",
@@ -24,4 +26,5 @@ __all__ = [
     "bypassed",
     "fold_gates",
     "profile_gates",
+    "score",
 ]

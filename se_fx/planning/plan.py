@@ -91,21 +91,33 @@ class Plan:
         return summary + (f"\n{site_table(self.sites, self.base if self.measured else None)}" if self.sites else "")
 
     # ------------------------------------------------------------------------------------------------------ smaller plans
-    def within(self, *, flops: float | None = None, params: float | None = None, bytes: float | None = None) -> Plan:
+    def within(
+        self, *, flops: float | None = None, params: float | None = None, bytes: float | None = None, by: str | None = None
+    ) -> Plan:
         """The most blocks that a budget allows: the cheapest first and, of equally cheap ones, the later first.
 
         Since blocks don't influence each other's cost, no other set that fits has more blocks, and none with as many
         costs less. Several budgets at once are all kept to; a block's cost is then the largest share that it takes of any of
         them, and the set is one that no block can be added to, though not always the largest.
 
+        With ``by="score"``, those that are worth most for their cost: by their score's ratio to their cost, the highest first,
+        as far as each still fits.
+
         Args:
             flops: FLOPs that all blocks together may add: a number, or a fraction in (0, 1) of the model's own.
             params: likewise, parameters.
             bytes: likewise, bytes moved.
+            by: "score", by the scores that `se_fx.score` has given the sites; None, by cost alone.
 
         Raises:
-            SqueezeExciteError: no budget is given, one is no such number, or the costs it needs aren't known.
+            SqueezeExciteError: no budget is given, one is no such number, or the costs, or scores, it needs aren't known.
         """
+        if by not in (None, "score"):
+            raise SqueezeExciteError(f"by={shown(by)}: expected None, or 'score'")
+        if by and any(site.score is None for site in self.sites):
+            raise SqueezeExciteError(
+                "by='score': this plan's sites have no scores; get some with se_fx.score(model, plan, ...)"
+            )
         given = {"flops": flops, "params": params, "bytes": bytes}
         limits = {name: self._limit(name, value) for name, value in given.items() if value is not None}
         if not limits:
@@ -115,9 +127,13 @@ class Plan:
             cost = self.sites[position].cost
             return max(float(getattr(cost, name) / max(limit, 1e-9)) for name, limit in limits.items())
 
+        def order(position: int) -> tuple[float, float, int]:
+            score = self.sites[position].score if by else None
+            return (-score / max(share(position), 1e-9) if score is not None else 0.0, share(position), -position)
+
         kept: set[str] = set()
         spent = NO_COST
-        for position in sorted(range(len(self)), key=lambda position: (share(position), -position)):
+        for position in sorted(range(len(self)), key=order):
             site = self.sites[position]
             if all(getattr(spent + site.cost, name) <= limit for name, limit in limits.items()):
                 kept.add(site.name)

@@ -31,6 +31,7 @@ class Site:
         block: the factory of the block; None for se_fx's own.
         spatial: (H, W) of the scaled value; None unless measured on example inputs, or never reached by them.
         cost: what the block adds for the example inputs; without them, its parameters alone.
+        score: how much a loss wants the block's gate to move, from `se_fx.score`; None where nobody has asked. Not saved.
 
     Raises:
         SqueezeExciteError: a value is of another type, out of bounds, or wider than any block is made.
@@ -47,6 +48,7 @@ class Site:
     block: str | None = None
     spatial: tuple[int, int] | None = None
     cost: Cost = NO_COST
+    score: float | None = None
 
     def __post_init__(self) -> None:
         for name, kinds in _SITE_TYPES.items():

@@ -14,7 +14,7 @@ __all__ = ["percent", "site_table"]
 
 
 def site_table(sites: Iterable[Site], base: Cost | None) -> str:
-    """One row for each site; with the model's own cost given, MACs too and their share of the model's."""
+    """One row for each site; with the model's own cost given, MACs too and their share of the model's; scores, if any."""
     sites = tuple(sites)
     columns: dict[str, list[Any]] = {"conv": [site.name for site in sites]}
     for name, usual in (("placement", "conv"), ("block", None)):
@@ -29,6 +29,8 @@ def site_table(sites: Iterable[Site], base: Cost | None) -> str:
     if base is not None:
         columns["MACs"] = [site.cost.macs for site in sites]
         columns["of model"] = [percent(site.cost.macs, base.macs) for site in sites]
+    if any(site.score is not None for site in sites):
+        columns["score"] = ["-" if site.score is None else f"{site.score:.3g}" for site in sites]
     align = [*["left"] * words, *["right"] * (len(columns) - words)]
     return tabulate(columns, headers="keys", intfmt=",", colalign=align)
 

@@ -9,13 +9,13 @@ import copy
 import types
 import weakref
 from collections.abc import Mapping
-from typing import Any, NoReturn
+from typing import Any
 
 from torch import fx, nn
 
 from se_fx.errors import SqueezeExciteError
+from se_fx.regions.alike import first_alike
 from se_fx.regions.forwards import (
-    EXCITE,
     UNSCALED,
     Forward,
     Forwards,
@@ -26,6 +26,7 @@ from se_fx.regions.forwards import (
     leads_to,
 )
 from se_fx.regions.freshness import INNER
+from se_fx.regions.scripting import scripted_view
 from se_fx.regions.sequences import Sequence
 from se_fx.regions.surgery import inherited
 
@@ -95,15 +96,7 @@ class Rewritten:
         Raises:
             SqueezeExciteError: the graphs of the modes differ, or there are none.
         """
-        module: nn.Module = self  # type: ignore[assignment]
-        graphs = {graph for graph in self.__dict__.get("_graphs", {}).values() if not _refuses(graph)}
-        if len(graphs) != 1:
-            raise SqueezeExciteError(
-                f"{self._own_class.__name__} can't be scripted: "
-                + ("its code differs between training and evaluation" if graphs else "it scales values in its own code")
-                + "; script fx.GraphModule(gm, gm.graph), gm = se_fx.transform(model), or use torch.jit.trace or torch.export"
-            )
-        return _plain_view(module, graphs.pop())
+        return scripted_view(self, self._own_class.__name__, self.__dict__.get("_graphs", {}))  # type: ignore[arg-type]
 
     def __reduce__(self) -> Any:
         return self.__reduce_ex__(2)
@@ -142,22 +135,6 @@ class Rewritten:
         give_class(module, module.__class__, own_graph, **kinds)
 
 
-def _plain_view(module: nn.Module, graph: fx.Graph) -> fx.GraphModule:
-    """A graph of `module` over modules of their own classes."""
-    plain = fx.Graph(tracer_cls=graph._tracer_cls)
-    plain.output(plain.graph_copy(graph, {}))
-    scaling = [node for node in plain.nodes if EXCITE in node.kwargs]
-    for node in scaling:
-        node.kwargs = {name: value for name, value in node.kwargs.items() if name != EXCITE}
-    made = fx.GraphModule(module, plain)
-    for node in scaling:
-        scaling_itself: Any = module.get_submodule(str(node.target))
-        own = object.__new__(scaling_itself._own_class)
-        own.__dict__.update(scaling_itself.__dict__)
-        made.set_submodule(str(node.target), own)
-    return made
-
-
 def _take_over(module: Any, name: str, new: Any) -> None:
     blocks = inherited(module, name, new)
     if blocks is not None:
@@ -168,11 +145,6 @@ def _take_over(module: Any, name: str, new: Any) -> None:
         if old in set(new.modules()):  # it goes on being called
             del old.__dict__["_excited_by"]
             give_class(old, old._own_class)
-
-
-def _refuses(graph: fx.Graph) -> bool:
-    """Whether a graph calls what never returns."""
-    return any(getattr(node.target, "__annotations__", {}).get("return") in (NoReturn, "NoReturn") for node in graph.nodes)
 
 
 def _unpickled(own: type[nn.Module], as_graph_module: bool) -> nn.Module:
@@ -306,30 +278,11 @@ def _anew(made: type[GraphRegion]) -> type[GraphRegion]:
 
 
 def _share_class(module: Any) -> None:
-    """Have `module`, whose code was just generated, be of the class of another that runs the same code, if there is one.
-
-    So models made alike are of one class, and what one of them has compiled serves the others.
-    """
+    """Have `module`, whose code was just generated, be of the class of another that runs the same code, if there is one."""
     made = type(module)
     if made._own_graph is None:
-        alike = (made._own_class, made._added, issubclass(made, made._own_class), bool(module.__dict__.get("_excited_by")))
-        module.__class__ = _of_graphs.setdefault((*alike, _told_by(made._region), _told_by(made._host)), made)
-
-
-_of_graphs: weakref.WeakValueDictionary[tuple[Any, ...], type[GraphRegion]] = weakref.WeakValueDictionary()
-
-
-def _told_by(forwards: Forwards | None) -> tuple[Any, ...]:
-    """What tells generated functions apart: the mode, the code, what this refers to by name, and defaults of arguments."""
-    told: list[Any] = []
-    for mode, forward in sorted((forwards or {}).items()):
-        refers = {name: id(forward.__globals__[name]) for name in forward.__code__.co_names if name in forward.__globals__}
-        told += [mode, forward.__code__, tuple(refers.items())]
-        told += [(type(each), repr(each)) if type(each) in _PLAIN else id(each) for each in forward.__defaults__ or ()]
-    return tuple(told)
-
-
-_PLAIN = (int, float, bool, str, type(None))
+        keeps, excited = issubclass(made, made._own_class), bool(module.__dict__.get("_excited_by"))
+        module.__class__ = first_alike(made, made._own_class, made._added, keeps, excited, made._region, made._host)
 
 
 def _class(

@@ -145,49 +145,60 @@ def costs(report: Facts) -> str:
     """
     measured = {"macs": ("MACs", "", _ACCENT), "bytes": ("bytes", "B", _SECOND)}
     measures = measured if report.measured else {"params": ("parameters", "", _ACCENT)}
+    scored = all(site.score is not None for site in report.sites)
+    panels: list[tuple[str, str, str, list[float]]] = [
+        (f"Added {label}", unit, colour, [getattr(site.cost, measure) for site in report.sites])
+        for measure, (label, unit, colour) in measures.items()
+    ]
+    if scored:
+        panels.append(("Score", "", _INK, [site.score or 0.0 for site in report.sites]))
     letters = min(38, max(len(site.name) for site in report.sites))
     names_end = round(letters * _LETTER) + 14
     bars_height = len(report.sites) * (20 if len(report.sites) <= 24 else 16)
-    height, each = _HEAD + bars_height + _FOOT, (_WIDTH - names_end) // len(measures)
+    height, each = _HEAD + bars_height + _FOOT, (_WIDTH - names_end) // len(panels)
     with _matplotlib():
         drawing = _Drawing(_WIDTH, height)
-        for panel, (measure, (label, unit, colour)) in enumerate(measures.items()):
+        for panel, (title, unit, colour, values) in enumerate(panels):
             place = (names_end + panel * each) / _WIDTH, _FOOT / height, (each - 44) / _WIDTH, bars_height / height
-            values = [getattr(site.cost, measure) for site in report.sites]
-            axes = drawing.figure.add_axes(place, xlim=(0, 1.18 * max(*values, 1)), ylim=(len(values) - 0.5, -0.5))
-            _scale(axes, f"Added {label}", unit)
+            whole = title != "Score"
+            widest = 1.18 * (max(*values, 1) if whole else max(values) or 1)
+            axes = drawing.figure.add_axes(place, xlim=(0, widest), ylim=(len(values) - 0.5, -0.5))
+            _scale(axes, title, unit, whole=whole)
             bars = axes.barh(range(len(values)), values, height=0.64, color=colour, zorder=2, clip_on=False)
             for row, (bar, site, value) in enumerate(zip(bars, report.sites, values, strict=True)):
-                drawing.title(bar, f"{site.name}: {value:,} {label}")
+                drawing.title(bar, f"{site.name}: {title.lower()} {value:,}")
                 _beside(axes, value, row, 6, _MUTED, "left").set_text(_rounded(value, unit))
                 if panel == 0:
                     drawing.name(_beside(axes, 0, row, -10, _INK, "right"), site.name, letters)
-        return drawing.svg(f"Added {' and '.join(label for label, _, _ in measures.values())} of each block")
+        added = " and ".join(label for label, _, _ in measures.values())
+        return drawing.svg(f"Added {added}{', and score,' * scored} of each block")
 
 
-def _scale(axes: Axes, title: str, unit: str) -> None:
+def _scale(axes: Axes, title: str, unit: str, *, whole: bool) -> None:
     from matplotlib.ticker import EngFormatter, MaxNLocator
 
     axes.set_title(title, loc="left", fontsize=_NORMAL, color=_INK, pad=9)
     axes.set_frame_on(False)
     axes.set_yticks([])
-    axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+    axes.xaxis.set_major_locator(MaxNLocator(5, integer=whole))
     axes.xaxis.set_major_formatter(EngFormatter(unit))
     axes.tick_params(length=0, labelsize=_SMALL, labelcolor=_MUTED)
     axes.grid(axis="x", color=_LINE, lw=0.8, clip_on=False)
     axes.axvline(0, color=_MUTED, lw=1, zorder=3, clip_on=False)
 
 
-def _beside(axes: Axes, x: int, row: int, by: int, colour: str, align: str) -> Text:
+def _beside(axes: Axes, x: float, row: int, by: int, colour: str, align: str) -> Text:
     """An empty text, `by` pixels to the right of a place in a row of bars."""
     text = axes.annotate("", (x, row), (by, 0), textcoords="offset points", annotation_clip=False)
     text.set(color=colour, fontsize=_SMALL, horizontalalignment=align, verticalalignment="center")
     return text
 
 
-def _rounded(value: int, unit: str) -> str:
+def _rounded(value: float, unit: str) -> str:
     from matplotlib.ticker import EngFormatter
 
+    if isinstance(value, float):
+        return f"{value:.3g}"
     return EngFormatter(unit, places=1)(value) if value >= 10_000 else f"{value:,} {unit}".strip()
 
 

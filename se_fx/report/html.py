@@ -115,6 +115,10 @@ def _columns(report: Facts) -> list[_Column]:
         columns += [_numbers(name, (getattr(site.cost, key) for site in sites)) for key, name in _MEASURES.items()]
         macs, whole = [site.cost.macs for site in sites], report.base.macs
         columns.append(_Column("MACs of model", [percent(part, whole) for part in macs], [float(part) for part in macs]))
+    if any(site.score is not None for site in sites):
+        scores = [site.score for site in sites]
+        texts = [_NONE if each is None else f"{each:.3g}" for each in scores]
+        columns.append(_Column("Score", texts, [-1.0 if each is None else each for each in scores]))
     return columns
 
 
