@@ -236,7 +236,7 @@ def _read(file: Path) -> _Saved:
     _check_header(file, start)
     with (
         _refusing(f"{_named(file)}: expected a whole file that se_fx.save_blocks wrote"),
-        torch.device("cpu"),  # whatever the default device
+        torch.device("cpu"),  # whatever the default device, where older versions of safetensors make tensors
         library.safe_open(str(file), framework="pt") as opened,
     ):
         metadata = opened.metadata() or {}
