@@ -19,6 +19,7 @@ from se_fx.optimize import optimize_for_inference, optimize_for_training
 from se_fx.planning import Plan, Site
 from se_fx.report import Report
 from se_fx.rewrites import Optimization
+from se_fx.sharing import load_blocks, save_blocks
 from se_fx.suggest import Suggestion, suggest
 from se_fx.transform import apply_squeeze_excite, plan, remove, report, transform
 
@@ -41,6 +42,7 @@ __all__ = [
     "blocks_of",
     "bypassed",
     "fold_gates",
+    "load_blocks",
     "measure_machine",
     "optimize_for_inference",
     "optimize_for_training",
@@ -48,6 +50,7 @@ __all__ = [
     "profile_gates",
     "remove",
     "report",
+    "save_blocks",
     "score",
     "suggest",
     "transform",

@@ -54,6 +54,8 @@ CALLS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
     "report": (se_fx.report, {"rewritten": REWRITTEN}),
     "remove": (se_fx.remove, {"rewritten": REWRITTEN}),
     "blocks_of": (se_fx.blocks_of, {"rewritten": REWRITTEN}),
+    "save_blocks": (se_fx.save_blocks, {"model": REWRITTEN, "path": "blocks.safetensors"}),
+    "load_blocks": (se_fx.load_blocks, {"model": MODEL, "path": "blocks.safetensors"}),
     "bypassed": (lambda rewritten: se_fx.bypassed(rewritten).__enter__(), {"rewritten": copy.deepcopy(REWRITTEN)}),
     "profile_gates": (se_fx.profile_gates, {"rewritten": REWRITTEN, "batches": [X], "progress": False}),
     "fold_gates": (se_fx.fold_gates, {"rewritten": REWRITTEN, "profile": PROFILE, "tolerance": 10, "progress": False}),

@@ -98,6 +98,7 @@ blocks_of(rewritten: nn.Module) -> dict[str, nn.Module]
 bypassed(rewritten: nn.Module) -> Iterator[None]
 fold_gates(rewritten: nn.Module, profile: GateProfile, tolerance: float = 0.02, *, held_out: Iterable[Any] | None =
         None, progress: bool = True) -> Folding
+load_blocks(model: nn.Module, path: str | os.PathLike[str])
 measure_machine(device: torch.device | str = 'cpu', dtype: torch.dtype = torch.float32) -> Machine
 optimize_for_inference(model: nn.Module, example_inputs: Any = None, *, rewrites: Iterable[str] | None = None, target:
         str | None = None) -> nn.Module
@@ -110,6 +111,7 @@ plan(model: nn.Module, *, example_inputs: Any = None, min_channels: int | str = 
 profile_gates(rewritten: nn.Module, batches: Iterable[Any], *, progress: bool = True) -> GateProfile
 remove(rewritten: nn.Module) -> nn.Module
 report(rewritten: nn.Module, example_inputs: Any = None) -> Report | Optimization
+save_blocks(model: nn.Module, path: str | os.PathLike[str])
 suggest(model: nn.Module, example_inputs: Any = None) -> Suggestion
 transform(model: nn.Module, plan: Plan | None = None, *, example_inputs: Any = None, min_channels: int | str = 128,
         latent_channels: float = 64, placement: str | Policy = 'conv', init: str = 'default', bias: bool = False,
@@ -154,8 +156,8 @@ state_dict of a rewritten model: squeeze_excite.of_0._extra_state, squeeze_excit
         squeeze_excite.of_0.fc2.weight, 0.weight, 0.bias
 requires-python: ">=3.10"
 dependencies: ["torch>=2.6", "networkx>=3.0", "tabulate>=0.9"]
-extras: torchvision, timm, html, examples, lightning, onnx, exporters, ultralytics, transformers, smp, peft, recipes,
-        strangers, test, docs, dev
+extras: torchvision, timm, html, examples, lightning, safetensors, onnx, exporters, ultralytics, transformers, smp,
+        peft, recipes, strangers, test, docs, dev
 scripts: se-fx = "se_fx.cli:main"
 """
 

@@ -17,7 +17,7 @@ HOME = Path(se_fx.__file__).parent
 ORDER = [
     *("errors", "arguments", "patterns", "regions"),
     *("capture", "analysis", "placement", "insertion", "blocks", "cost", "criteria", "planning", "report", "rewrites"),
-    *("optimize", "transform", "suggest", "measure", ""),
+    *("optimize", "transform", "suggest", "measure", "sharing", ""),
     *("loading", "integrations", "cli", "__main__"),
 ]
 SOURCES = {

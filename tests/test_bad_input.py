@@ -72,6 +72,8 @@ ROWS: list[Row] = [
     ),
     *rows("report", "example_inputs", *UNCALLABLE[1:]),
     *rows(OF_REWRITTEN, "rewritten", *NOT_REWRITTEN),
+    *rows("save_blocks", "model", *NOT_REWRITTEN, (FOREIGN, "must be added to se_fx.blocks.BLOCKS first")),
+    *rows("load_blocks", "model", *NO_MODELS, NOT_REWRITTEN[3]),
     # options of transform and plan
     *rows(
         CHOOSING,
@@ -218,6 +220,8 @@ ROWS: list[Row] = [
     ),
     # reports, profiles, machines
     *rows("Report.to_html", "path", *NO_PATHS),
+    *rows(("save_blocks", "load_blocks"), "path", *NO_PATHS, (".", "'.': can't be "), ("no/file", "can't be ")),
+    *rows("load_blocks", "path", (__file__, "expected a file of se_fx.save_blocks, with a header of at most 16,777,216 bytes")),
     *rows("GateProfile.plot", "path", *NO_PATHS, ("gates.docx", "expected an ending"), ("gates", "expected an ending")),
     *rows("Report.estimate", "machine", *((value, "se_fx.measure_machine()") for value in (None, 3, "cpu", se_fx.Machine))),
     *rows("Machine.seconds", "operators", (None, "expected the operators of a report"), (3, "expected the operators")),

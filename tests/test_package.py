@@ -9,7 +9,20 @@ import sys
 import se_fx
 
 #: What the extras bring, and what comes with neither torch nor them.
-OPTIONAL = ("numpy", "torchvision", "timm", "matplotlib", "tqdm", "PIL", "skimage", "sklearn", "lightning", "composer", "onnx")
+OPTIONAL = (
+    "numpy",
+    "torchvision",
+    "timm",
+    "matplotlib",
+    "tqdm",
+    "PIL",
+    "skimage",
+    "sklearn",
+    "lightning",
+    "composer",
+    "onnx",
+    "safetensors",
+)
 
 WHOLE_PIPELINE = """
 import torch

@@ -6,7 +6,7 @@ region, down to a lone Conv2d. Knows nothing of Squeeze-and-Excitation.
 
 from se_fx.capture.calls import Call
 from se_fx.capture.capturing import Capture, Region, capture, collector_paused
-from se_fx.capture.plain import check_whole, is_conv
+from se_fx.capture.plain import check_plain, check_whole, is_conv
 from se_fx.capture.randomness import check_seed, drawing_from, kept_on_failure, random_state, set_random_state
 from se_fx.capture.snapshot import Snapshot
 from se_fx.capture.tracer import EXCITED
@@ -18,6 +18,7 @@ __all__ = [
     "Region",
     "Snapshot",
     "capture",
+    "check_plain",
     "check_seed",
     "check_whole",
     "collector_paused",

@@ -75,8 +75,9 @@ class Plan:
         """
         found = plan_of(rewritten) if isinstance(rewritten, nn.Module) else None
         if found is None:
-            kind, inner = type(rewritten).__name__, getattr(rewritten, "module", None)
-            advice = "pass its .module" if isinstance(inner, nn.Module) and plan_of(inner) else "call se_fx.transform first"
+            kind, modules = type(rewritten).__name__, rewritten.named_modules() if isinstance(rewritten, nn.Module) else ()
+            inner = next((name for name, module in modules if plan_of(module) is not None), None)
+            advice = "call se_fx.transform first" if inner is None else f"pass its .{inner}"
             raise SqueezeExciteError(f"rewritten: expected a model that se_fx has rewritten, and got {kind}; {advice}")
         return found
 
