@@ -13,6 +13,7 @@ from tabulate import tabulate
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+UNDECIDED = "no difference shown"
 _MUTED, _WITHOUT, _WITH = "#6e6e6e", "#2a6fb0", "#b8560f"
 
 
@@ -31,6 +32,12 @@ class Comparison:
     def interval(self) -> tuple[float, float]:
         """95 % interval of the mean difference."""
         return _interval(self.differences)
+
+    @property
+    def found(self) -> str:
+        """Whether the interval is on one side of zero: better, worse, or no difference shown."""
+        low, high = self.interval
+        return UNDECIDED if low <= 0 <= high else "better" if low > 0 else "worse"
 
     def __str__(self) -> str:
         columns = (self.without, self.with_se, self.differences)
@@ -54,7 +61,7 @@ class Comparison:
         if count < 2:
             return "One seed says nothing of the difference: take more."
         low, high = self.interval
-        found = "no difference shown" if low <= 0 <= high else "better with blocks" if low > 0 else "worse with blocks"
+        found = self.found if self.found == UNDECIDED else f"{self.found} with blocks"
         mean = statistics.mean(self.differences)
         return f"{count} seeds: {found}: {100 * mean:+.2f} points, 95 % interval {100 * low:+.2f} to {100 * high:+.2f}."
 
@@ -90,10 +97,49 @@ class Comparison:
         pyplot.close(figure)
 
 
-def _interval(values: Sequence[float]) -> tuple[float, float]:
-    """95 % interval of the mean, by Student's t."""
+def mean_and_half(values: Sequence[float]) -> tuple[float, float]:
+    """The mean, and half its 95 % interval, by Student's t."""
     half = scipy.stats.t.ppf(0.975, len(values) - 1) * statistics.stdev(values) / len(values) ** 0.5
-    return statistics.mean(values) - half, statistics.mean(values) + half
+    return statistics.mean(values), float(half)
+
+
+def draw_differences(title: str, compared: Sequence[tuple[str, str, str, Comparison]], path: str) -> None:
+    """Draw differences, one row each, under their group's name: a group, the two that are compared, and their accuracies."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    groups = list(dict.fromkeys(group for group, *_ in compared))
+    sizes = [sum(each[0] == group for each in compared) for group in groups]
+    height = 1.0 + 0.36 * len(compared) + 0.6 * len(groups)
+    figure, all_axes = pyplot.subplots(
+        len(groups), 1, figsize=(8.4, height), sharex=True, squeeze=False, height_ratios=sizes, layout="constrained"
+    )
+    for axes, group in zip(all_axes[:, 0], groups, strict=True):
+        rows = [each[1:] for each in compared if each[0] == group]
+        axes.axvline(0, color=_MUTED, lw=1, zorder=1)
+        for at, (_, _, comparison) in enumerate(rows):
+            colour = _MUTED if comparison.found == UNDECIDED else _WITH if comparison.found == "better" else _WITHOUT
+            points = [100 * value for value in comparison.differences]
+            axes.scatter(points, [at] * len(points), color=colour, s=22, alpha=0.5, lw=0, zorder=2)
+            mean, half = mean_and_half(points)
+            axes.errorbar(mean, at, xerr=half, fmt="D", ms=6, color=colour, capsize=4, lw=1.6, zorder=3)
+        axes.set_yticks(range(len(rows)), [f"{name}  less  {other}" for name, other, _ in rows])
+        axes.set_ylim(len(rows) - 0.5, -0.5)
+        axes.set_title(group, fontsize=10, loc="left", color=_MUTED)
+        axes.spines[["top", "right", "left"]].set_visible(False)
+        axes.tick_params(axis="y", length=0)
+        axes.xaxis.set_major_formatter("{x:+g}")
+    all_axes[-1, 0].set_xlabel("points of test accuracy; dots: seeds; diamonds: their mean and its 95 % interval")
+    figure.suptitle(title, fontsize=11, x=0.01, ha="left")
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)
+
+
+def _interval(values: Sequence[float]) -> tuple[float, float]:
+    mean, half = mean_and_half(values)
+    return mean - half, mean + half
 
 
 def _draw_mean(axes: Axes, at: float, values: Sequence[float], colour: str, form: str, side: int) -> None:

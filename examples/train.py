@@ -14,6 +14,8 @@ interval, by Student's t, whatever it is.
     python examples/train.py                                      handwritten digits and a small ResNet, five seeds
     python examples/train.py --seeds 10 --steps 400 --plot train.png                  the figures of docs/training.md
     python examples/train.py --match time
+    python examples/train.py --dataset FashionMNIST --root /usr/share/datasets/fashion-mnist --train-images 8000 \\
+        --units 3 --stride 2 --steps 400                       as Debian's package dataset-fashion-mnist has it
     python examples/train.py --dataset CIFAR10 --root data --download --steps 8000 --batch-size 128 \\
         --flip --shift 4 --width 2 --device cuda
     python examples/train.py --model mobilenet_v2 --widen width_mult=1.0 --size 32 --latent-channels 0.0625
@@ -28,6 +30,7 @@ import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import fashion_mnist
 import torch
 import torch.nn.functional as F
 import torchvision
@@ -63,15 +66,17 @@ class Unit(nn.Module):
 
 
 class SmallResNet(nn.Sequential):
-    """A ResNet of 8 layers in the form of He et al. (2015), section 4.2: stages of 8, 16 and 32 channels, times `width`."""
+    """A ResNet in the form of He et al. (2015), section 4.2: stages of 8, 16 and 32 channels, times `width`.
 
-    def __init__(self, width: float, classes: int) -> None:
+    It has `6 * units + 2` layers; the first one's stride is `stride`.
+    """
+
+    def __init__(self, width: float, classes: int, units: int = 1, stride: int = 1) -> None:
         first, second, third = (round(channels * width) for channels in (8, 16, 32))
+        stages = ((first, first, 1), (first, second, 2), (second, third, 2))
         super().__init__(
-            nn.Sequential(nn.Conv2d(3, first, 3, padding=1, bias=False), nn.BatchNorm2d(first), nn.ReLU()),
-            Unit(first, first, 1),
-            Unit(first, second, 2),
-            Unit(second, third, 2),
+            nn.Sequential(nn.Conv2d(3, first, 3, stride, padding=1, bias=False), nn.BatchNorm2d(first), nn.ReLU()),
+            *(Unit(*stage) if unit == 0 else Unit(stage[1], stage[1], 1) for stage in stages for unit in range(units)),
             nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(third, classes)),
         )
 
@@ -80,7 +85,7 @@ def builder(arguments: argparse.Namespace, classes: int) -> Build:
     """How to build the network that the arguments name, in any width."""
     name = arguments.model
     if name == "small":
-        return lambda width: SmallResNet(arguments.width * width, classes)
+        return lambda width: SmallResNet(arguments.width * width, classes, arguments.units, arguments.stride)
     keyword, _, usual = (arguments.widen or "").partition("=")
 
     def build(width: float) -> nn.Module:
@@ -103,16 +108,27 @@ def dataset(arguments: argparse.Namespace) -> tuple[Data, Data, int]:
         (images, labels), test = digits(arguments.size or 8)
         count = arguments.train_images or 300
         return (images[:count], labels[:count]), test, CLASSES
-    make = getattr(torchvision.datasets, arguments.dataset)
-    known = inspect.signature(make).parameters
     parts = []
-    for part in ("train", "test"):
-        options = {"train": part == "train"} if "train" in known else {"split": part}
-        options |= {"download": True} if arguments.download else {}
-        parts.append(_stacked(make(arguments.root, **options), arguments, arguments.train_images if part == "train" else None))
+    for part, limit in (("train", arguments.train_images), ("test", None)):
+        parts.append(_stacked(_source(arguments, part), arguments, limit))
     deviation, mean = torch.std_mean(parts[0][0], (0, 2, 3), keepdim=True)
     training, test = (((images - mean) / deviation, labels) for images, labels in parts)
     return training, test, int(torch.cat([training[1], test[1]]).max()) + 1
+
+
+def _source(arguments: argparse.Namespace, part: str) -> Sequence[tuple[object, int]]:
+    make = getattr(torchvision.datasets, arguments.dataset)
+    options = {"train": part == "train"} if "train" in inspect.signature(make).parameters else {"split": part}
+    options |= {"download": True} if arguments.download else {}
+    fashion = arguments.dataset == "FashionMNIST"
+    root = fashion_mnist.unpacked(arguments.root) if fashion else arguments.root
+    try:
+        return make(root, **options)
+    except (RuntimeError, FileNotFoundError) as error:
+        advice = fashion_mnist.ADVICE if fashion else "say where it is by --root, or fetch it by --download"
+        raise SystemExit(
+            f"--root {arguments.root}: torchvision can't read {arguments.dataset} there: {error}\n{advice}"
+        ) from error
 
 
 def _stacked(source: Sequence[tuple[object, int]], arguments: argparse.Namespace, limit: int | None) -> Data:
@@ -171,10 +187,15 @@ def sides(build: Build, options: dict[str, object], image: Tensor, arguments: ar
         width = widened(lambda width: getattr(cost(width), match), getattr(with_se.cost, match))
         return Side("without", lambda: build(width), cost(width), width, steps), with_se
     if match == "time":
-        models = {"without": build(1.0), "with SE": blocks()}
-        timings = se_fx.bench(models, image, batch_sizes=(arguments.batch_size,), training=True, device=arguments.device)
-        steps = round(steps * timings.rows[1].ratio)
+        steps = steps_in_as_much_time(build(1.0), blocks(), image, arguments)
     return Side("without", lambda: build(1.0), report.base, 1.0, steps), with_se
+
+
+def steps_in_as_much_time(plain: nn.Module, with_blocks: nn.Module, image: Tensor, arguments: argparse.Namespace) -> int:
+    """How many steps the plain network takes while the one with blocks takes the arguments'."""
+    models = {"without": plain, "with SE": with_blocks}
+    timings = se_fx.bench(models, image, batch_sizes=(arguments.batch_size,), training=True, device=arguments.device)
+    return round(arguments.steps * timings.rows[1].ratio)
 
 
 def widened(cost: Callable[[float], int], wanted: int) -> float:
@@ -215,6 +236,8 @@ def parsed(words: Sequence[str] | None) -> argparse.Namespace:
     add = parser.add_argument_group("networks").add_argument
     add("--model", default="small", metavar="NAME", help="a torchvision model, timm:NAME, or a small ResNet (default: small)")
     add("--width", type=float, default=1.0, metavar="W", help="of the small one (default: 1, with 8, 16 and 32 channels)")
+    add("--units", type=int, default=1, metavar="N", help="of its residual units, how many a stage (default: 1)")
+    add("--stride", type=int, default=1, metavar="N", help="of its first convolution (default: 1)")
     add("--widen", metavar="KEYWORD=USUAL", help="another model's argument that widens it, with its usual value")
     add("--placement", default="residual", metavar="NAME", help="where blocks go (default: residual)")
     add(
@@ -234,19 +257,34 @@ def parsed(words: Sequence[str] | None) -> argparse.Namespace:
     return arguments
 
 
+def trained(
+    model: nn.Module,
+    data: Data,
+    steps: int,
+    seed: int,
+    arguments: argparse.Namespace,
+    augment: Callable[[Tensor, torch.Generator], Tensor],
+    tick: Callable[[], object],
+) -> nn.Module:
+    """The model after training those of its parameters that ask for gradients, in the mode it is in; then in eval mode."""
+    chosen = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(chosen, lr=arguments.rate, weight_decay=0.05)
+    torch.manual_seed(seed)  # for dropout, whatever the blocks' weights have drawn
+    fit(model, optimizer, data, steps, batch_size=arguments.batch_size, seed=seed, augment=augment, tick=tick)
+    return model.eval()
+
+
 def compare(both: tuple[Side, Side], training: Data, held_out: list[Data], arguments: argparse.Namespace) -> Comparison:
     """Train both sides with each seed."""
     reached: dict[str, list[float]] = {side.name: [] for side in both}
-    options = {"batch_size": arguments.batch_size, "augment": augmentation(arguments.shift, arguments.flip)}
+    augment = augmentation(arguments.shift, arguments.flip)
     with tqdm(total=arguments.seeds * sum(side.steps for side in both), desc="training", unit="step", leave=False) as bar:
         for seed in range(arguments.seeds):
             for side in both:
                 torch.manual_seed(seed)
                 model = side.build().to(arguments.device).train()
-                optimizer = torch.optim.AdamW(model.parameters(), lr=arguments.rate, weight_decay=0.05)
-                torch.manual_seed(seed)  # for dropout, whatever the blocks' weights have drawn
-                fit(model, optimizer, training, side.steps, seed=seed, tick=bar.update, **options)
-                reached[side.name].append(accuracy(model.eval(), held_out))
+                model = trained(model, training, side.steps, seed, arguments, augment, bar.update)
+                reached[side.name].append(accuracy(model, held_out))
     return Comparison(*map(tuple, reached.values()))
 
 

@@ -99,7 +99,7 @@ def test_shifts_and_flips_are_of_whole_images() -> None:
 
 @pytest.mark.parametrize("match", ["params", "flops"])
 def test_the_plain_network_is_widened_to_what_blocks_cost(match: str) -> None:
-    arguments = argparse.Namespace(match=match, steps=3, width=2.0, model="small", batch_size=50)
+    arguments = argparse.Namespace(match=match, steps=3, width=2.0, model="small", units=1, stride=1, batch_size=50)
     options = {"placement": "residual", "latent_channels": 0.25, "min_channels": 1}
     image = torch.zeros(1, 3, 8, 8)
     plain, with_se = train.sides(train.builder(arguments, 10), options, image, arguments)
@@ -115,7 +115,9 @@ def test_the_plain_network_is_widened_to_what_blocks_cost(match: str) -> None:
 
 
 def test_time_is_matched_by_steps() -> None:
-    arguments = argparse.Namespace(match="time", steps=1000, width=1.0, model="small", batch_size=4, device="cpu")
+    arguments = argparse.Namespace(
+        match="time", steps=1000, width=1.0, model="small", units=1, stride=1, batch_size=4, device="cpu"
+    )
     options = {"placement": "residual", "latent_channels": 0.25, "min_channels": 1}
     plain, with_se = train.sides(train.builder(arguments, 10), options, torch.zeros(1, 3, 8, 8), arguments)
     assert with_se.steps == 1000
