@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterable
 from typing import Any
 
@@ -10,9 +9,8 @@ from torch import nn
 from torch.optim import Optimizer
 
 from se_fx.capture import capture, check_seed, check_whole, collector_paused, drawing_from, kept_on_failure
-from se_fx.cost import NO_COST, Measurement, activation_bytes, measure
-from se_fx.criteria import Where
-from se_fx.errors import SqueezeExciteError
+from se_fx.cost import Measurement, activation_bytes
+from se_fx.criteria import Stages, Where
 from se_fx.insertion import Joining, as_optimizers, block_names, insert, insert_in_place, undone_on_failure, withdraw
 from se_fx.optimize import optimize_for_training
 from se_fx.placement import Policy
@@ -22,7 +20,9 @@ from se_fx.planning import (
     Options,
     Overrides,
     Plan,
+    check_alone,
     choose,
+    costed,
     fit,
     give_plan,
     take_plans,
@@ -48,6 +48,8 @@ def transform(
     gate: str | Function = "sigmoid",
     block: str | BlockFactory | None = None,
     where: Where = None,
+    stages: Stages = None,
+    necks: bool | None = None,
     overrides: Overrides = None,
     seed: int | None = None,
     **criteria: Any,
@@ -80,6 +82,10 @@ def transform(
             se_fx's own.
         where: which convs: a predicate ``(name, module) -> bool``, or glob patterns of qualified names, those that
             begin with "!" excluding.
+        stages: which stages of the network: "last", a number (0 is the first, -1 the last), the name of a module that holds
+            one, such as "layer4", or a list of these. Numbers count the resolutions of maps in the trunk, without necks.
+        necks: True for convs of necks and decoders alone (feature pyramids, U-Nets' way up, heads that merge enlarged maps),
+            False for all others. Both are found by how data flows; `docs/plans.md` says how.
         overrides: other `latent_channels`, `init`, `bias`, `activation`, `gate` or `block` for some sites, by glob pattern of
             their names, such as ``{"layer4.*": {"latent_channels": 128}}``; later ones win.
         seed: draw the blocks' initial weights from this seed, and leave the global generators as they were: the same
@@ -107,10 +113,12 @@ def transform(
         gate=gate,
         block=block,
         where=where,
+        stages=stages,
+        necks=necks,
         overrides=overrides,
         **criteria,
     )
-    _check_alone(plan, options)
+    check_alone(plan, options)
     check_seed(seed)
     with collector_paused():
         captured = capture(model)
@@ -121,7 +129,7 @@ def transform(
             rewritten = insert(captured, insertions)
             give_plan(rewritten, choice.after)
             if example_inputs is not None:
-                give_plan(rewritten, _costed(rewritten, example_inputs)[0])
+                give_plan(rewritten, costed(rewritten, example_inputs)[0])
     return rewritten
 
 
@@ -138,6 +146,8 @@ def plan(
     gate: str | Function = "sigmoid",
     block: str | BlockFactory | None = None,
     where: Where = None,
+    stages: Stages = None,
+    necks: bool | None = None,
     overrides: Overrides = None,
     **criteria: Any,
 ) -> Plan:
@@ -162,6 +172,8 @@ def plan(
         gate=gate,
         block=block,
         where=where,
+        stages=stages,
+        necks=necks,
         overrides=overrides,
         **criteria,
     )
@@ -173,7 +185,7 @@ def plan(
         insertions = choice.insertions(made_on)
     trial = insert(captured, insertions)
     give_plan(trial, choice.plan)
-    return _costed(trial, example_inputs)[0]
+    return costed(trial, example_inputs)[0]
 
 
 def report(rewritten: nn.Module, example_inputs: Any = None) -> Report | Optimization:
@@ -195,7 +207,7 @@ def report(rewritten: nn.Module, example_inputs: Any = None) -> Report | Optimiz
     known, everything, kept, least = Plan.of(rewritten), Measurement(), None, None
     if example_inputs is not None:
         check_whole(rewritten)
-        known, everything = _costed(rewritten, example_inputs)
+        known, everything = costed(rewritten, example_inputs)
         before, after = (activation_bytes(model, example_inputs) for model in (remove(rewritten), rewritten))
         kept = None if before is None or after is None else (before, after)
         least = None if kept is None else activation_bytes(optimize_for_training(rewritten), example_inputs)
@@ -252,6 +264,8 @@ def apply_squeeze_excite(
     gate: str | Function = "sigmoid",
     block: str | BlockFactory | None = None,
     where: Where = None,
+    stages: Stages = None,
+    necks: bool | None = None,
     overrides: Overrides = None,
     seed: int | None = None,
     **criteria: Any,
@@ -276,6 +290,8 @@ def apply_squeeze_excite(
         gate: as for `transform`.
         block: as for `transform`.
         where: as for `transform`.
+        stages: as for `transform`.
+        necks: as for `transform`.
         overrides: as for `transform`.
         seed: draw the blocks' initial weights from this seed alone, as `transform` does.
         **criteria: as for `transform`.
@@ -300,10 +316,12 @@ def apply_squeeze_excite(
         gate=gate,
         block=block,
         where=where,
+        stages=stages,
+        necks=necks,
         overrides=overrides,
         **criteria,
     )
-    _check_alone(plan, options)
+    check_alone(plan, options)
     check_seed(seed)
     chosen_optimizers = as_optimizers(optimizers)
     captured = capture(model)
@@ -321,28 +339,3 @@ def apply_squeeze_excite(
         except BaseException:  # an interrupt, too
             join.undo()
             raise
-
-
-# --------------------------------------------------------------------------------------------------------------- helpers
-def _check_alone(plan: Any, options: Options) -> None:
-    if plan is None:
-        return
-    if not isinstance(plan, Plan):
-        raise SqueezeExciteError(
-            f"plan={type(plan).__name__}: expected a Plan, as se_fx.plan() or Plan.from_dict() returns; options go by keyword"
-        )
-    for name in options.changed():
-        raise SqueezeExciteError(f"{name}: a plan fixes all options already; pass either plan= or options")
-
-
-def _costed(rewritten: nn.Module, example_inputs: Any) -> tuple[Plan, Measurement]:
-    """The plan that `rewritten` carries with sizes and costs, and the measurement they come from."""
-    known = Plan.of(rewritten)
-    measurement = measure(rewritten, example_inputs, block_names(rewritten))
-    sites = []
-    for site in known.sites:
-        shape = measurement.shapes.get(site.name)
-        spatial = (shape[-2], shape[-1]) if shape else None
-        sites.append(dataclasses.replace(site, spatial=spatial, cost=measurement.parts.get(site.name, site.cost)))
-    base = measurement.total - sum((site.cost for site in sites), NO_COST)
-    return dataclasses.replace(known, sites=tuple(sites), base=base, measured=True), measurement

@@ -88,8 +88,8 @@ Suggestion: options: dict[str, Any], reasons: tuple[str, ...], plan: Plan
 apply_squeeze_excite(model: nn.Module, latent_channels: float = 64, min_channels: int | str = 128, optimizers: Optimizer
         | Iterable[Optimizer] | None = None, *, plan: Plan | None = None, placement: str | Policy = 'conv', init: str =
         'default', bias: bool = False, activation: str | Function = 'relu', gate: str | Function = 'sigmoid', block: str
-        | BlockFactory | None = None, where: Where = None, overrides: Overrides = None, seed: int | None = None,
-        **criteria: Any)
+        | BlockFactory | None = None, where: Where = None, stages: Stages = None, necks: bool | None = None, overrides:
+        Overrides = None, seed: int | None = None, **criteria: Any)
 bench(models: Mapping[str, nn.Module] | nn.Module, example_inputs: Any = None, *, batch_sizes: Sequence[int] = (1,),
         compiled: bool | str = False, freezing: bool = False, training: bool = False, channels_last: bool = False,
         dtype: torch.dtype | None = None, autocast: torch.dtype | None = None, device: torch.device | str | None = None,
@@ -106,8 +106,8 @@ optimize_for_training(model: nn.Module, example_inputs: Any = None, *, exact: bo
         None = None) -> nn.Module
 plan(model: nn.Module, *, example_inputs: Any = None, min_channels: int | str = 128, latent_channels: float = 64,
         placement: str | Policy = 'conv', init: str = 'default', bias: bool = False, activation: str | Function =
-        'relu', gate: str | Function = 'sigmoid', block: str | BlockFactory | None = None, where: Where = None,
-        overrides: Overrides = None, **criteria: Any) -> Plan
+        'relu', gate: str | Function = 'sigmoid', block: str | BlockFactory | None = None, where: Where = None, stages:
+        Stages = None, necks: bool | None = None, overrides: Overrides = None, **criteria: Any) -> Plan
 profile_gates(rewritten: nn.Module, batches: Iterable[Any], *, progress: bool = True) -> GateProfile
 remove(rewritten: nn.Module) -> nn.Module
 report(rewritten: nn.Module, example_inputs: Any = None) -> Report | Optimization
@@ -116,9 +116,10 @@ suggest(model: nn.Module, example_inputs: Any = None) -> Suggestion
 transform(model: nn.Module, plan: Plan | None = None, *, example_inputs: Any = None, min_channels: int | str = 128,
         latent_channels: float = 64, placement: str | Policy = 'conv', init: str = 'default', bias: bool = False,
         activation: str | Function = 'relu', gate: str | Function = 'sigmoid', block: str | BlockFactory | None = None,
-        where: Where = None, overrides: Overrides = None, seed: int | None = None, **criteria: Any) -> nn.Module
-options: min_channels = 128, where = None, latent_channels = 64, placement = 'conv', init = 'default', bias = False,
-        activation = 'relu', gate = 'sigmoid', block = None, overrides = None
+        where: Where = None, stages: Stages = None, necks: bool | None = None, overrides: Overrides = None, seed: int |
+        None = None, **criteria: Any) -> nn.Module
+options: min_channels = 128, where = None, stages = None, necks = None, latent_channels = 64, placement = 'conv', init =
+        'default', bias = False, activation = 'relu', gate = 'sigmoid', block = None, overrides = None
 se_fx.integrations.composer: SqueezeExcite
     FxSqueezeExcite: Algorithm
         FxSqueezeExcite.__init__(self, latent_channels: float=64, min_channels: int | str=128)
@@ -137,18 +138,20 @@ se_fx.integrations.lightning: SqueezeExcite
         SqueezeExcite.on_train_start(self, trainer: Trainer, pl_module: LightningModule)
         SqueezeExcite.on_after_backward(self, trainer: Trainer, pl_module: LightningModule)
         SqueezeExcite.on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule)
-se-fx report MODEL [--input N,C,H,W] [--json] [--min-channels N] [--where GLOB] [--latent-channels X] [--placement
-        PLACEMENT] [--budget KIND=X] [--init INIT] [--bias] [--activation ACTIVATION] [--gate GATE] [--html FILE]
-        [--roofline]
-se-fx plan MODEL [--input N,C,H,W] [--json] [--min-channels N] [--where GLOB] [--latent-channels X] [--placement
-        PLACEMENT] [--budget KIND=X] [--init INIT] [--bias] [--activation ACTIVATION] [--gate GATE]
+se-fx report MODEL [--input N,C,H,W] [--json] [--min-channels N] [--where GLOB] [--stages STAGE] [--necks/--no-necks]
+        [--latent-channels X] [--placement PLACEMENT] [--budget KIND=X] [--init INIT] [--bias] [--activation ACTIVATION]
+        [--gate GATE] [--html FILE] [--roofline]
+se-fx plan MODEL [--input N,C,H,W] [--json] [--min-channels N] [--where GLOB] [--stages STAGE] [--necks/--no-necks]
+        [--latent-channels X] [--placement PLACEMENT] [--budget KIND=X] [--init INIT] [--bias] [--activation ACTIVATION]
+        [--gate GATE]
 se-fx suggest MODEL [--input N,C,H,W] [--json]
-se-fx transform MODEL [--input N,C,H,W] [--json] [--min-channels N] [--where GLOB] [--latent-channels X] [--placement
-        PLACEMENT] [--budget KIND=X] [--init INIT] [--bias] [--activation ACTIVATION] [--gate GATE] [--checkpoint FILE]
-        [--seed N] --save FILE
-se-fx bench MODEL [--input N,C,H,W] [--json] [--min-channels N] [--where GLOB] [--latent-channels X] [--placement
-        PLACEMENT] [--budget KIND=X] [--init INIT] [--bias] [--activation ACTIVATION] [--gate GATE] [--batch-sizes N =
-        [1]] [--compiled] [--training] [--channels-last] [--bf16] [--device DEVICE = cpu] [--rounds N = 15]
+se-fx transform MODEL [--input N,C,H,W] [--json] [--min-channels N] [--where GLOB] [--stages STAGE] [--necks/--no-necks]
+        [--latent-channels X] [--placement PLACEMENT] [--budget KIND=X] [--init INIT] [--bias] [--activation ACTIVATION]
+        [--gate GATE] [--checkpoint FILE] [--seed N] --save FILE
+se-fx bench MODEL [--input N,C,H,W] [--json] [--min-channels N] [--where GLOB] [--stages STAGE] [--necks/--no-necks]
+        [--latent-channels X] [--placement PLACEMENT] [--budget KIND=X] [--init INIT] [--bias] [--activation ACTIVATION]
+        [--gate GATE] [--batch-sizes N = [1]] [--compiled] [--training] [--channels-last] [--bf16] [--device DEVICE =
+        cpu] [--rounds N = 15]
 plan: {"version": 1, "sites": [{"name": "0", "channels": 8, "latent_channels": 2, "placement": "conv", "init":
         "default", "bias": false, "activation": "relu", "gate": "sigmoid", "block": null}]}
 state_dict: _extra_state, fc1.weight, fc1.bias, fc2.weight, fc2.bias
@@ -247,7 +250,7 @@ def _commands() -> Iterator[str]:
 
 
 def _argument(action: argparse.Action) -> str:
-    words = [*action.option_strings[-1:]]
+    words = ["/".join(name for name in action.option_strings if name.startswith("--"))] if action.option_strings else []
     words += [] if action.nargs == 0 else [action.metavar or action.dest.upper()] if words else [str(action.metavar)]
     words += [] if action.default in (None, False) else [f"= {action.default}"]
     return " ".join(words) if action.required else f"[{' '.join(words)}]"

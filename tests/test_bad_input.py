@@ -119,6 +119,17 @@ ROWS: list[Row] = [
     *rows(CHOOSING, "where", *((value, "matches no Conv2d; the first is named '0'") for value in ("layr*", "a\nb", ["!9"]))),
     *rows(
         CHOOSING,
+        "stages",
+        *((value, 'expected "last", a number from 0 on') for value in (1.0, True, "", [], [None], {0: 1}, nn, ["last", 2.5])),
+        *((value, "there are 2: 0 (0 to 1.conv), 1 (2.conv)") for value in (2, -3, [0, 7], 10**30)),
+        *(
+            (value, "'layer4': no module of this name holds a Conv2d; stages are 0 (0 to 1.conv), 1")
+            for value in ("layer4", [0, "layer4"])
+        ),
+    ),
+    *rows(CHOOSING, "necks", *((value, "True for convs of necks and decoders alone") for value in (1, 0, "yes", [], nn))),
+    *rows(
+        CHOOSING,
         "overrides",
         (["layer4"], "expected a dict from glob patterns"),
         ({3: {}}, "overrides[3]"),

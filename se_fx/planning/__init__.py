@@ -3,9 +3,9 @@
 A plan is plain data. Knows nothing of how blocks are inserted, nor how reports show what was.
 """
 
-from se_fx.planning.choosing import choose, fit
+from se_fx.planning.choosing import check_alone, choose, fit
 from se_fx.planning.options import BlockFactory, Function, Options, Overrides
-from se_fx.planning.plan import Plan, give_plan, plan_of, take_plans
+from se_fx.planning.plan import Plan, costed, give_plan, plan_of, take_plans
 from se_fx.planning.site import Site, Skip
 from se_fx.planning.tables import percent, site_table
 
@@ -17,7 +17,9 @@ __all__ = [
     "Plan",
     "Site",
     "Skip",
+    "check_alone",
     "choose",
+    "costed",
     "fit",
     "give_plan",
     "percent",

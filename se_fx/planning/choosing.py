@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +15,7 @@ from se_fx.analysis import attention_convs
 from se_fx.blocks import latent_width
 from se_fx.capture import Capture, drawing_from, is_conv
 from se_fx.cost import Cost, measure
-from se_fx.criteria import CRITERIA, Candidate
+from se_fx.criteria import CRITERIA, Candidate, Surroundings
 from se_fx.errors import SqueezeExciteError, blaming, shown
 from se_fx.insertion import CONTAINER, Insertion
 from se_fx.patterns import check_each_matches
@@ -24,8 +25,9 @@ from se_fx.planning.making import a_parameter, new_block
 from se_fx.planning.options import Options
 from se_fx.planning.plan import Callables, Plan, plan_within
 from se_fx.planning.site import Site, Skip, parameters_only
+from se_fx.planning.surroundings import surroundings_of
 
-__all__ = ["Choice", "choose", "fit"]
+__all__ = ["Choice", "check_alone", "choose", "fit"]
 
 
 @dataclass(frozen=True)
@@ -75,6 +77,18 @@ class Choice:
         return found
 
 
+def check_alone(plan: Any, options: Options) -> None:
+    """Raise `SqueezeExciteError` where something else than a plan was given as one, or options beside it."""
+    if plan is None:
+        return
+    if not isinstance(plan, Plan):
+        raise SqueezeExciteError(
+            f"plan={type(plan).__name__}: expected a Plan, as se_fx.plan() or Plan.from_dict() returns; options go by keyword"
+        )
+    for name in options.changed():
+        raise SqueezeExciteError(f"{name}: a plan fixes all options already; pass either plan= or options")
+
+
 def choose(capture: Capture, options: Options) -> Choice:
     """The sites `options` ask for in a captured model.
 
@@ -100,7 +114,7 @@ def choose(capture: Capture, options: Options) -> Choice:
             + (f"they have for {others}" if others else "nor for any other, since they call no Conv2d")
         )
     check_each_matches(options.overrides or {}, convs, "overrides", "Conv2d")
-    excluded = _excluded(options.criteria, convs, places)
+    excluded = _excluded(options.criteria, convs, places, capture)
     attention = _attention(capture)
     sites: list[Site] = []
     skipped: list[Skip] = []
@@ -244,11 +258,19 @@ def _attention(capture: Capture) -> set[str]:
     }
 
 
-def _excluded(criteria: Mapping[str, Any], convs: Mapping[str, nn.Conv2d], places: Mapping[str, Place]) -> Mapping[str, str]:
+def _excluded(
+    criteria: Mapping[str, Any], convs: Mapping[str, nn.Conv2d], places: Mapping[str, Place], capture: Capture
+) -> Mapping[str, str]:
     """What criteria leave out, each with the reason of the first that does."""
-    candidates = {
-        name: Candidate(conv, places[name].channels if name in places else conv.out_channels) for name, conv in convs.items()
-    }
+
+    @functools.cache
+    def found() -> Mapping[str, Surroundings]:
+        return surroundings_of(capture, convs)  # takes time, and few ask
+
+    def candidate(name: str, conv: nn.Conv2d) -> Candidate:
+        return Candidate(conv, places[name].channels if name in places else conv.out_channels, lambda: found()[name])
+
+    candidates = {name: candidate(name, conv) for name, conv in convs.items()}
     excluded: dict[str, str] = {}
     for criterion, value in criteria.items():
         with blaming(f"{criterion}={shown(value)} failed"):

@@ -12,13 +12,14 @@ from typing import Any
 from torch import nn
 
 from se_fx.arguments import is_number
-from se_fx.cost import NO_COST, Cost
+from se_fx.cost import NO_COST, Cost, Measurement, measure
 from se_fx.errors import SqueezeExciteError, shown
+from se_fx.insertion import block_names
 from se_fx.patterns import check_each_matches, matches
 from se_fx.planning.site import Site, Skip, site_from_dict, site_to_dict
 from se_fx.planning.tables import site_table
 
-__all__ = ["Callables", "Plan", "give_plan", "plan_of", "plan_within", "take_plans"]
+__all__ = ["Callables", "Plan", "costed", "give_plan", "plan_of", "plan_within", "take_plans"]
 
 _VERSION = 1
 MOST_SITES = 2**16  # more than any network has; a plan from elsewhere may say it has any number
@@ -265,3 +266,16 @@ def take_plans(model: nn.Module) -> None:
     """Have neither `model` nor any module within it carry a plan."""
     for module in model.modules():
         give_plan(module, None)
+
+
+def costed(rewritten: nn.Module, example_inputs: Any) -> tuple[Plan, Measurement]:
+    """The plan that `rewritten` carries with sizes and costs, and the measurement they come from."""
+    known = Plan.of(rewritten)
+    measurement = measure(rewritten, example_inputs, block_names(rewritten))
+    sites = []
+    for site in known.sites:
+        shape = measurement.shapes.get(site.name)
+        spatial = (shape[-2], shape[-1]) if shape else None
+        sites.append(dataclasses.replace(site, spatial=spatial, cost=measurement.parts.get(site.name, site.cost)))
+    base = measurement.total - sum((site.cost for site in sites), NO_COST)
+    return dataclasses.replace(known, sites=tuple(sites), base=base, measured=True), measurement

@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING
 from xml.etree import ElementTree
 
 from se_fx.errors import SqueezeExciteError
+from se_fx.names import stages
 from se_fx.planning import Site
 from se_fx.report.facts import Facts
-from se_fx.report.stages import columns, in_order, stages
+from se_fx.report.stages import columns, in_order
 
 if TYPE_CHECKING:
     from matplotlib.artist import Artist

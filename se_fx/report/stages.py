@@ -1,42 +1,13 @@
-"""Stages: how the names of a model's convs fall into groups, as people read them. Knows names alone."""
+"""Stages: how the names of a stage's convs are drawn and listed, as people read them. Knows names alone."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
 
-__all__ = ["columns", "in_order", "ranges", "stages"]
+from se_fx.names import split
 
-_MOST = 10  # stages that one glance takes in
-
-
-def stages(names: Iterable[str]) -> dict[str, list[str]]:
-    """Names, in the order of the model, by the shortest prefixes that tell its parts apart.
-
-    A part that holds more than half of all names is split into its own parts, unless these are single convs, or there would
-    be more than ten in all.
-
-    >>> list(stages(["conv1", "layer1.0.conv1", "layer1.0.conv2", "layer1.1.conv1", "layer2.0.conv1", "layer2.1.conv1"]))
-    ['conv1', 'layer1', 'layer2']
-    >>> list(stages(["stem", *(f"blocks.{i}.{j}.conv" for i in range(3) for j in range(2)), "head"]))
-    ['stem', 'blocks.0', 'blocks.1', 'blocks.2', 'head']
-    """
-    names = list(names)
-    groups = _split("", names)
-    if len(groups) > (_MOST if len(groups) == len(names) else 2 * _MOST):
-        return {"": names}
-    while groups:
-        largest = max(groups, key=lambda prefix: len(groups[prefix]))
-        parts = _split(largest, groups[largest])
-        dominates = len(groups) == 1 or 2 * len(groups[largest]) > len(names)
-        if not dominates or len(parts) == len(groups[largest]) or len(groups) - 1 + len(parts) > _MOST:
-            break
-        groups = {
-            prefix: members
-            for group, whole in groups.items()
-            for prefix, members in (parts if group == largest else {group: whole}).items()
-        }
-    return groups
+__all__ = ["columns", "in_order", "ranges"]
 
 
 def columns(stage: str, names: Sequence[str], most: int = 8) -> list[list[str]]:
@@ -47,7 +18,7 @@ def columns(stage: str, names: Sequence[str], most: int = 8) -> list[list[str]]:
     >>> columns("features", ["features.0", "features.2", "features.5", "features.7", "features.10"])
     [['features.0', 'features.2', 'features.5', 'features.7'], ['features.10']]
     """
-    parts = _split(stage, names)
+    parts = split(stage, names)
     if len(parts) == len(names):
         height = max(min(4, most), -(-len(names) // 40))
         return [list(names[i : i + height]) for i in range(0, len(names), height)]
@@ -114,8 +85,8 @@ def _braces(numbers: Sequence[int]) -> str:
 
 
 def _merged(prefix: str, sequences: list[list[str]]) -> list[str]:
-    split = [_split(prefix, names) for names in sequences]
-    waiting = [list(groups) for groups in split]
+    groups_of = [split(prefix, names) for names in sequences]
+    waiting = [list(groups) for groups in groups_of]
     merged: list[str] = []
     last = None
     while any(waiting):
@@ -124,21 +95,12 @@ def _merged(prefix: str, sequences: list[list[str]]) -> list[str]:
         kinds = [_kind(head) for head in free]
         kind = last if last in kinds else kinds[0]
         chosen = min((head for head in free if _kind(head) == kind), key=_natural)
-        members = [groups[chosen] for groups in split if chosen in groups]
+        members = [groups[chosen] for groups in groups_of if chosen in groups]
         alone = len(members) == 1 or any(chosen in names for names in members)
         merged += dict.fromkeys(name for names in members for name in names) if alone else _merged(chosen, members)
         waiting = [[head for head in queue if head != chosen] for queue in waiting]
         last = kind
     return merged
-
-
-def _split(prefix: str, names: Iterable[str]) -> dict[str, list[str]]:
-    """Names that begin with `prefix`, by the prefixes of one component more; a name that ends there is one of its own."""
-    depth = len(prefix.split(".")) + 1 if prefix else 1
-    groups: dict[str, list[str]] = {}
-    for name in names:
-        groups.setdefault(".".join(name.split(".")[:depth]), []).append(name)
-    return groups
 
 
 def _kind(name: str) -> str:

@@ -9,9 +9,10 @@ from typing import Any
 from tabulate import tabulate
 
 from se_fx.cost import NO_COST, Cost
+from se_fx.names import stages
 from se_fx.planning import Site, percent, site_table
 from se_fx.report.facts import Facts, by_reason
-from se_fx.report.stages import in_order, ranges, stages
+from se_fx.report.stages import in_order, ranges
 
 __all__ = ["text"]
 

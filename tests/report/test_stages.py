@@ -8,7 +8,8 @@ import torchvision
 from reported import faster_rcnn
 from torch import nn
 
-from se_fx.report.stages import columns, in_order, stages
+from se_fx.names import stages
+from se_fx.report.stages import columns, in_order
 
 
 def _names(model: nn.Module) -> list[str]:
