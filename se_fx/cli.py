@@ -14,6 +14,7 @@ from torch import nn
 import se_fx
 from se_fx import Plan, Report, SqueezeExciteError
 from se_fx.arguments import as_device
+from se_fx.blocks import BLOCKS
 from se_fx.criteria import CRITERIA
 from se_fx.errors import blaming
 from se_fx.loading import load_model
@@ -154,7 +155,7 @@ _COMMANDS: dict[str, tuple[Callable[[argparse.Namespace], Outcome], str]] = {
 
 
 # ------------------------------------------------------------------------------------------------------------- arguments
-_OF_BLOCKS = ("latent_channels", "placement", "init", "bias", "activation", "gate")
+_OF_BLOCKS = ("latent_channels", "placement", "init", "bias", "activation", "gate", "block")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -201,6 +202,7 @@ def _add_options(command: argparse.ArgumentParser) -> None:
         help="keep the most blocks that add at most X flops, params or bytes: a number or, of the model's own, 1%% or 0.01; "
         "repeatable; flops and bytes need --input",
     )
+    options.add_argument("--block", help=f"another kind of attention: {', '.join(BLOCKS)} (default: Squeeze-and-Excitation)")
     options.add_argument("--init", help="default or identity (default: default)")
     options.add_argument("--bias", action="store_true", default=None, help="biases in the blocks' linear layers")
     options.add_argument("--activation", help="relu, silu or gelu (default: relu)")

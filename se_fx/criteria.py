@@ -12,7 +12,7 @@ from torch import nn
 
 from se_fx.arguments import is_count
 from se_fx.errors import SqueezeExciteError, shown
-from se_fx.patterns import check_each_matches, matches
+from se_fx.names import check_each_matches, matches
 
 __all__ = ["AUTO", "CRITERIA", "Candidate", "Candidates", "Criterion", "Stages", "Surroundings", "Where", "least_channels"]
 

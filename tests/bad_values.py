@@ -58,6 +58,10 @@ CALLS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
     "load_blocks": (se_fx.load_blocks, {"model": MODEL, "path": "blocks.safetensors"}),
     "bypassed": (lambda rewritten: se_fx.bypassed(rewritten).__enter__(), {"rewritten": copy.deepcopy(REWRITTEN)}),
     "profile_gates": (se_fx.profile_gates, {"rewritten": REWRITTEN, "batches": [X], "progress": False}),
+    "score": (
+        se_fx.score,
+        {"model": MODEL, "plan": PLAN, "batches": [(X, X)], "loss": lambda out, target: out.square().mean(), "progress": False},
+    ),
     "fold_gates": (se_fx.fold_gates, {"rewritten": REWRITTEN, "profile": PROFILE, "tolerance": 10, "progress": False}),
     "optimize_for_inference": (se_fx.optimize_for_inference, {"model": EVALUATED}),
     "optimize_for_training": (se_fx.optimize_for_training, {"model": MODEL}),

@@ -50,7 +50,8 @@ Plan: sites: tuple[Site, ...], skipped: tuple[Skip, ...] = (), opaque: tuple[tup
     Plan.__len__() -> int
     Plan.of(rewritten: Any) -> Plan
     Plan.added -> Cost
-    Plan.within(*, flops: float | None = None, params: float | None = None, bytes: float | None = None) -> Plan
+    Plan.within(*, flops: float | None = None, params: float | None = None, bytes: float | None = None, by: str | None =
+        None) -> Plan
     Plan.only(*patterns: str) -> Plan
     Plan.without(*patterns: str) -> Plan
     Plan.__or__(other: Plan) -> Plan
@@ -68,7 +69,7 @@ Report: model: str, sites: tuple[Site, ...], skipped: tuple[Skip, ...], base: Co
     Report.table() -> str
 Site: name: str, channels: int, latent_channels: int | None, placement: str = 'conv', init: str = 'default', bias: bool
         = False, activation: str = 'relu', gate: str = 'sigmoid', block: str | None = None, spatial: tuple[int, int] |
-        None = None, cost: Cost = Cost(params=0, macs=0, flops=0, bytes=0)
+        None = None, cost: Cost = Cost(params=0, macs=0, flops=0, bytes=0), score: float | None = None
 SiteGates: name: str, samples: int, channel_means: Tensor, channel_spreads: Tensor, class_means: Mapping[int, Tensor] =
         {}
     SiteGates.mean -> float
@@ -112,6 +113,8 @@ profile_gates(rewritten: nn.Module, batches: Iterable[Any], *, progress: bool = 
 remove(rewritten: nn.Module) -> nn.Module
 report(rewritten: nn.Module, example_inputs: Any = None) -> Report | Optimization
 save_blocks(model: nn.Module, path: str | os.PathLike[str])
+score(model: nn.Module, plan: Plan, batches: Iterable[Any], loss: Callable[[Any, Any], Tensor], *, saliency: str =
+        'first_order', progress: bool = True) -> Plan
 suggest(model: nn.Module, example_inputs: Any = None) -> Suggestion
 transform(model: nn.Module, plan: Plan | None = None, *, example_inputs: Any = None, min_channels: int | str = 128,
         latent_channels: float = 64, placement: str | Policy = 'conv', init: str = 'default', bias: bool = False,
@@ -139,19 +142,19 @@ se_fx.integrations.lightning: SqueezeExcite
         SqueezeExcite.on_after_backward(self, trainer: Trainer, pl_module: LightningModule)
         SqueezeExcite.on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule)
 se-fx report MODEL [--input N,C,H,W] [--json] [--min-channels N] [--where GLOB] [--stages STAGE] [--necks/--no-necks]
-        [--latent-channels X] [--placement PLACEMENT] [--budget KIND=X] [--init INIT] [--bias] [--activation ACTIVATION]
-        [--gate GATE] [--html FILE] [--roofline]
+        [--latent-channels X] [--placement PLACEMENT] [--budget KIND=X] [--block BLOCK] [--init INIT] [--bias]
+        [--activation ACTIVATION] [--gate GATE] [--html FILE] [--roofline]
 se-fx plan MODEL [--input N,C,H,W] [--json] [--min-channels N] [--where GLOB] [--stages STAGE] [--necks/--no-necks]
-        [--latent-channels X] [--placement PLACEMENT] [--budget KIND=X] [--init INIT] [--bias] [--activation ACTIVATION]
-        [--gate GATE]
+        [--latent-channels X] [--placement PLACEMENT] [--budget KIND=X] [--block BLOCK] [--init INIT] [--bias]
+        [--activation ACTIVATION] [--gate GATE]
 se-fx suggest MODEL [--input N,C,H,W] [--json]
 se-fx transform MODEL [--input N,C,H,W] [--json] [--min-channels N] [--where GLOB] [--stages STAGE] [--necks/--no-necks]
-        [--latent-channels X] [--placement PLACEMENT] [--budget KIND=X] [--init INIT] [--bias] [--activation ACTIVATION]
-        [--gate GATE] [--checkpoint FILE] [--seed N] --save FILE
+        [--latent-channels X] [--placement PLACEMENT] [--budget KIND=X] [--block BLOCK] [--init INIT] [--bias]
+        [--activation ACTIVATION] [--gate GATE] [--checkpoint FILE] [--seed N] --save FILE
 se-fx bench MODEL [--input N,C,H,W] [--json] [--min-channels N] [--where GLOB] [--stages STAGE] [--necks/--no-necks]
-        [--latent-channels X] [--placement PLACEMENT] [--budget KIND=X] [--init INIT] [--bias] [--activation ACTIVATION]
-        [--gate GATE] [--batch-sizes N = [1]] [--compiled] [--training] [--channels-last] [--bf16] [--device DEVICE =
-        cpu] [--rounds N = 15]
+        [--latent-channels X] [--placement PLACEMENT] [--budget KIND=X] [--block BLOCK] [--init INIT] [--bias]
+        [--activation ACTIVATION] [--gate GATE] [--batch-sizes N = [1]] [--compiled] [--training] [--channels-last]
+        [--bf16] [--device DEVICE = cpu] [--rounds N = 15]
 plan: {"version": 1, "sites": [{"name": "0", "channels": 8, "latent_channels": 2, "placement": "conv", "init":
         "default", "bias": false, "activation": "relu", "gate": "sigmoid", "block": null}]}
 state_dict: _extra_state, fc1.weight, fc1.bias, fc2.weight, fc2.bias

@@ -15,7 +15,7 @@ import se_fx
 HOME = Path(se_fx.__file__).parent
 #: Packages and modules at the top, lowest first: each may import what stands before it. "" is `se_fx` itself, the public names.
 ORDER = [
-    *("errors", "arguments", "patterns", "names", "regions"),
+    *("errors", "arguments", "names", "regions"),
     *("capture", "analysis", "placement", "insertion", "blocks", "cost", "criteria", "planning", "report", "rewrites"),
     *("optimize", "transform", "suggest", "measure", "sharing", ""),
     *("loading", "integrations", "cli", "__main__"),

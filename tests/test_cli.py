@@ -179,6 +179,7 @@ ROWS: list[tuple[str, str, tuple[str, ...], str]] = [
             ("--stages", "9", "stages=[9]: 9: there are 1: 0 (0"),
             ("--necks=yes", "", "argument --necks/--no-necks: ignored explicit argument 'yes'"),
             ("--no-necks=yes", "", "argument --necks/--no-necks: ignored explicit argument 'yes'"),
+            ("--block", "senet", "block='senet': expected one of 'eca'"),
             ("--init", "ones", "init='ones': expected one of 'default', 'identity'"),
             ("--bias=yes", "", "argument --bias: ignored explicit argument 'yes'"),
             ("--activation", "swish", "activation='swish': expected one of 'relu'"),

@@ -18,7 +18,7 @@ from se_fx.cost import Cost, measure
 from se_fx.criteria import CRITERIA, Candidate, Surroundings
 from se_fx.errors import SqueezeExciteError, blaming, shown
 from se_fx.insertion import CONTAINER, Insertion
-from se_fx.patterns import check_each_matches
+from se_fx.names import check_each_matches
 from se_fx.placement import PLACEMENTS
 from se_fx.planning.locating import Place, elsewhere, places_of, policy_of
 from se_fx.planning.making import a_parameter, new_block

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from se_fx.blocks import BLOCKS, MOST_CHANNELS, SqueezeExcite2d
 from se_fx.criteria import CRITERIA
 from se_fx.errors import SqueezeExciteError, hint, shown
-from se_fx.patterns import matches
+from se_fx.names import matches
 from se_fx.placement import PLACEMENTS, Policy
 
 __all__ = ["BlockFactory", "Function", "Options", "Overrides"]

@@ -15,7 +15,7 @@ from se_fx.arguments import is_number
 from se_fx.cost import NO_COST, Cost, Measurement, measure
 from se_fx.errors import SqueezeExciteError, shown
 from se_fx.insertion import block_names
-from se_fx.patterns import check_each_matches, matches
+from se_fx.names import check_each_matches, matches
 from se_fx.planning.site import Site, Skip, site_from_dict, site_to_dict
 from se_fx.planning.tables import site_table
 
