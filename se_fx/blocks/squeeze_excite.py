@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from se_fx.arguments import check_flag, check_floating, is_count, is_number
 from se_fx.blocks.extra_state import decoded, encoded, function_name, same_function
@@ -204,14 +205,15 @@ def _check_place(device: Any, dtype: Any) -> None:
 
 def _identity_scale(gate: Callable[[Tensor], Any]) -> float:
     try:
-        at_zero = float(gate(torch.zeros(1, device="cpu")))
+        with unset_fake_temporarily():
+            at_zero = float(gate(torch.zeros(1, device="cpu")))
     except Exception as error:
         raise SqueezeExciteError(
             f"gate={shown(gate)} with init='identity': expected a function of a tensor to one of the same shape, and "
             f"for a single zero on the CPU it raised {type(error).__name__}; use init='default'"
         ) from error
     scale = 1.0 / at_zero if at_zero else 0.0
-    if scale * at_zero != 1.0 or torch.tensor(scale, device="cpu").frexp().mantissa != 0.5:
+    if scale * at_zero != 1.0 or math.frexp(scale)[0] != 0.5:
         raise SqueezeExciteError(
             f"gate={shown(gate)} with init='identity': the gate is {at_zero} at zero, which no power of two scales to "
             "exactly 1.0; use gate='sigmoid', gate='hardsigmoid', or init='default'"

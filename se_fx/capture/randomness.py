@@ -68,8 +68,7 @@ def drawing_from(seed: int | None) -> Iterator[torch.device | None]:
 def kept_on_failure(model: nn.Module) -> Iterator[None]:
     """Where what is within fails, the random numbers it has drawn are undrawn."""
     state = random_state()
-    devices = {parameter.device for parameter in model.parameters() if parameter.is_cuda}
-    others = {device: torch.cuda.get_rng_state(device) for device in devices}
+    others = {device: torch.cuda.get_rng_state(device) for device in _drawn_from(model)}
     try:
         yield
     except BaseException:
@@ -77,3 +76,8 @@ def kept_on_failure(model: nn.Module) -> Iterator[None]:
         for device, other in others.items():
             torch.cuda.set_rng_state(other, device)
         raise
+
+
+def _drawn_from(model: nn.Module) -> set[torch.device]:
+    """The GPUs that a model is on; none where CUDA was never started, so that its tensors are fake."""
+    return {parameter.device for parameter in model.parameters() if parameter.is_cuda} if torch.cuda.is_initialized() else set()  # type: ignore[no-untyped-call]

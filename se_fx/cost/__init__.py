@@ -5,7 +5,7 @@ Counted on fake tensors, operator by operator; `RULES` has what each takes. Know
 
 from se_fx.cost.activations import activation_bytes
 from se_fx.cost.counting import NEEDS_VALUES, NO_COST, Cost, Measurement, Operator, measure
-from se_fx.cost.fakes import Call, as_batches, as_call, calling, describe_call, faked
+from se_fx.cost.fakes import Call, as_batches, as_call, calling, describe_call, fake_on, faked
 from se_fx.cost.roofline import Machine, measure_machine
 from se_fx.cost.rules import RULES
 
@@ -23,6 +23,7 @@ __all__ = [
     "as_call",
     "calling",
     "describe_call",
+    "fake_on",
     "faked",
     "measure",
     "measure_machine",

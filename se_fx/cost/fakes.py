@@ -9,7 +9,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from se_fx.capture import Snapshot
@@ -76,6 +76,21 @@ def faked(model: nn.Module, call: Call) -> Iterator[tuple[nn.Module, Call]]:
 
     with isolated(model, call, fake) as copies, _quiet(), mode:
         yield copies
+
+
+def fake_on(module: nn.Module, like: FakeTensor) -> None:
+    """Give a module fake tensors in place of its own, on the device of a fake tensor, in place."""
+    for part in module.modules():
+        for name, parameter in part._parameters.items():
+            if parameter is not None:
+                part._parameters[name] = nn.Parameter(_fake(parameter, like), parameter.requires_grad)
+        for name, buffer in part._buffers.items():
+            part._buffers[name] = None if buffer is None else _fake(buffer, like)
+
+
+def _fake(tensor: Tensor, like: FakeTensor) -> Tensor:
+    with like.fake_mode:
+        return torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype, device=like.device)
 
 
 @contextlib.contextmanager

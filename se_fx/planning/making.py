@@ -7,8 +7,10 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 
 from se_fx.blocks import BLOCKS, IdentityStart, SqueezeExcite2d
+from se_fx.cost import fake_on
 from se_fx.errors import SqueezeExciteError, blaming
 from se_fx.planning.plan import Callables
 from se_fx.planning.site import Site
@@ -29,6 +31,16 @@ def new_block(
     Raises:
         SqueezeExciteError: `site` names a function that isn't known here, or a factory makes no module.
     """
+    parameter = None if conv is None else a_parameter(conv)
+    with unset_fake_temporarily():
+        if not isinstance(parameter, FakeTensor):
+            return _made(site, callables, conv, made_on)
+        block = _made(site, callables).to(parameter.dtype).train(conv is None or conv.training)
+        fake_on(block, parameter)
+        return block
+
+
+def _made(site: Site, callables: Callables, conv: nn.Conv2d | None = None, made_on: torch.device | None = None) -> nn.Module:
     device = None if conv is None else a_parameter(conv).device
     dtype = None if conv is None else a_parameter(conv).dtype
     if site.block is None:
