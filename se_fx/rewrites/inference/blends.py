@@ -35,7 +35,7 @@ def blends(algebra: Algebra) -> Iterator[Change]:
     """A map and a share of the difference that a block makes to it: the map scaled by a gate of that share, or the map."""
     for node in list(algebra.graph.nodes):
         blend = _blend(algebra, node) if not node._erased else None
-        if blend is None or blend.strength.is_meta:
+        if blend is None:
             continue
         place = place_of(blend.made)
         if not blend.strength.any():
@@ -58,7 +58,7 @@ def _blend(algebra: Algebra, node: fx.Node) -> _Blend | None:
     summands = algebra.summands(node)
     for value, share in (summands, summands[::-1]) if summands else ():
         found = algebra.normalization(share)
-        if found is None or found.bias.any() or algebra.maps.get(value) != algebra.maps.get(node):
+        if found is None or found.bias.is_meta or found.bias.any() or algebra.maps.get(value) != algebra.maps.get(node):
             continue
         difference, given = found.source, algebra.given(found.source)
         if difference.target not in _DIFFERENCES or given.keys() != {"input", "other"} or given["other"] is not value:
