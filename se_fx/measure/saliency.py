@@ -69,8 +69,9 @@ def score(
 
     >>> import se_fx
     >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten(), nn.Linear(8 * 36, 2))
-    >>> batch = torch.randn(4, 3, 8, 8), torch.tensor([1, 1, 1, 1])
-    >>> scored = score(net, se_fx.plan(net, min_channels=1), [batch], nn.functional.cross_entropy, progress=False)
+    >>> batch = torch.randn(4, 3, 8, 8), torch.tensor([0, 1, 0, 1])
+    >>> plan, loss = se_fx.plan(net, min_channels=1), nn.functional.cross_entropy
+    >>> scored = score(net, plan, [batch], loss, saliency="fisher", progress=False)
     >>> scored.sites[0].score > 0
     True
     """
