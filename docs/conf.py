@@ -49,7 +49,10 @@ python_use_unqualified_type_names = True
 napoleon_use_rtype = False
 napoleon_use_ivar = True
 default_role = "py:obj"  # what is in single backticks links where it is a name, and is code anyway
-nitpick_ignore_regex = [("py:obj", ".*"), ("py:class", r"(lightning|composer)\..*|nn\.Module")]  # the last: of constructors
+nitpick_ignore_regex = [
+    ("py:obj", ".*"),
+    ("py:class", r"(lightning|composer)\..*|nn\.Module"),
+]  # the last: of constructors
 
 # The inventories hold the names used here, under all names Python knows them by: docs/_inventories/make.py.
 intersphinx_mapping = {
