@@ -22,9 +22,9 @@ from torch.utils._pytree import tree_leaves
 from se_fx.analysis.calls import called, modules_of
 from se_fx.analysis.channels import UNKNOWN
 from se_fx.capture import Snapshot, random_state, set_random_state
-from se_fx.regions import clone, hooked
+from se_fx.regions import clone, exchange_tensors, hooked
 
-__all__ = ["ENLARGED", "ConvCall", "ConvFlow", "conv_flow"]
+__all__ = ["ENLARGED", "ConvCall", "ConvFlow", "conv_flow", "reachable"]
 
 #: From so many times the positions on, a map is larger than another; padding makes less of a difference.
 ENLARGED = 2.25
@@ -87,14 +87,7 @@ class ConvFlow:
 
     def upstream(self, numbers: Iterable[int]) -> set[int]:
         """These calls, and all that what they return comes from."""
-        found: set[int] = set()
-        ahead = list(numbers)
-        while ahead:
-            number = ahead.pop()
-            if number not in found:
-                found.add(number)
-                ahead += self.calls[number].sources
-        return found
+        return reachable(numbers, lambda number: self.calls[number].sources)
 
     def aside(self) -> set[int]:
         """The calls whose results reach no output but as factors, or broadcast over a map: those of gates and contexts."""
@@ -117,6 +110,18 @@ class ConvFlow:
         for call, power in zip(self.calls, found, strict=True):
             strides.setdefault(call.conv, 2**power)
         return strides
+
+
+def reachable(begins: Iterable[int], onward: Callable[[int], Iterable[int]]) -> set[int]:
+    """These calls, and all that one gets to from them, one step after the other."""
+    found: set[int] = set()
+    ahead = list(begins)
+    while ahead:
+        number = ahead.pop()
+        if number not in found:
+            found.add(number)
+            ahead += onward(number)
+    return found
 
 
 def conv_flow(root: nn.Module, graphs: Mapping[str, fx.Graph]) -> ConvFlow:
@@ -221,13 +226,10 @@ def _run(root: nn.Module, graphs: Mapping[str, fx.Graph], inputs: Mapping[str, t
 
 def _meta_copy(root: nn.Module) -> nn.Module:
     copied = clone(root)
+    exchange_tensors(copied, lambda tensor: tensor.detach().to("meta"))
     for module in copied.modules():
         if not isinstance(module, torch.jit.ScriptModule):
             module.training = False
-            parameters = {name: each for name, each in module._parameters.items() if each is not None}
-            buffers = {name: each for name, each in module._buffers.items() if each is not None}
-            module._parameters.update({n: nn.Parameter(t.detach().to("meta"), False) for n, t in parameters.items()})
-            module._buffers.update({name: each.detach().to("meta") for name, each in buffers.items()})
     return copied
 
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 from torch import nn
 
-from se_fx.analysis.flow import ENLARGED, ConvFlow
+from se_fx.analysis.flow import ENLARGED, ConvFlow, reachable
 
 __all__ = ["neck_convs"]
 
@@ -32,32 +32,20 @@ def neck_convs(flow: ConvFlow, modules: Mapping[str, nn.Module]) -> set[str]:
         for source in call.sources:
             readers[source].add(number)
     raised = {n: {s for s in call.sources if call.is_raised_from(calls[s])} for n, call in enumerate(calls)}
-    neck = _behind(readers, {number for number, sources in raised.items() if sources})
+    neck = reachable({number for number, sources in raised.items() if sources}, readers.__getitem__)
     while True:
         joins = [(calls[n].sources, raised[n] | (calls[n].sources & neck)) for n in sorted(neck)]
         joins += [(sources, _enlarged(flow, positions, sources, neck)) for positions, sources in flow.outputs if positions]
         found = {number for sources, up in joins for number in _laterals(flow, readers, modules, sources, up, neck)}
         if found <= neck:
             break
-        neck = _behind(readers, neck | found)
+        neck = reachable(neck | found, readers.__getitem__)
     calls_of: dict[str, set[int]] = {}
     for number, call in enumerate(calls):
         calls_of.setdefault(call.conv, set()).add(number)
     names = {name for name, n in calls_of.items() if n <= neck and len({calls[each].entered for each in n}) == 1}
     ends = {source for sources in raised.values() for source in sources} | flow.aside()
     return names | _completed(flow, readers, names, {name for name, numbers in calls_of.items() if numbers <= ends})
-
-
-def _behind(readers: Mapping[int, set[int]], begins: Iterable[int]) -> set[int]:
-    """These calls, and all that read what they return, at first or second hand."""
-    found: set[int] = set()
-    ahead = list(begins)
-    while ahead:
-        number = ahead.pop()
-        if number not in found:
-            found.add(number)
-            ahead += readers[number]
-    return found
 
 
 def _enlarged(flow: ConvFlow, positions: int, sources: frozenset[int], neck: set[int]) -> set[int]:

@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from se_fx.capture import Snapshot
 from se_fx.errors import SqueezeExciteError, blaming
-from se_fx.regions import clone
+from se_fx.regions import clone, exchange_tensors
 
 __all__ = ["as_batches", "as_call", "calling", "describe_call", "faked", "isolated"]
 
@@ -69,46 +69,29 @@ def faked(model: nn.Module, call: Call) -> Iterator[tuple[nn.Module, Call]]:
     device = next((d for d in devices if d.type != "meta"), torch.device("cpu"))
     mode = FakeTensorMode(allow_non_fake_inputs=True)
 
-    def fake(tensor: Tensor) -> Tensor:
-        where = device if tensor.device.type == "meta" else tensor.device
-        with mode:
-            return torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype, device=where)
+    def made_of(tensor: Tensor) -> Tensor:
+        return _fake(tensor, mode, device if tensor.device.type == "meta" else tensor.device)
 
-    with isolated(model, call, fake) as copies, _quiet(), mode:
+    with isolated(model, call, made_of) as copies, _quiet(), mode:
         yield copies
 
 
 def fake_on(module: nn.Module, like: FakeTensor) -> None:
     """Give a module fake tensors in place of its own, on the device of a fake tensor, in place."""
-    for part in module.modules():
-        for name, parameter in part._parameters.items():
-            if parameter is not None:
-                part._parameters[name] = nn.Parameter(_fake(parameter, like), parameter.requires_grad)
-        for name, buffer in part._buffers.items():
-            part._buffers[name] = None if buffer is None else _fake(buffer, like)
+    exchange_tensors(module, lambda tensor: _fake(tensor, like.fake_mode, like.device))
 
 
-def _fake(tensor: Tensor, like: FakeTensor) -> Tensor:
-    with like.fake_mode:
-        return torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype, device=like.device)
+def _fake(tensor: Tensor, mode: FakeTensorMode, device: torch.device) -> Tensor:
+    with mode:
+        return torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype, device=device)
 
 
 @contextlib.contextmanager
 def isolated(model: nn.Module, call: Call, copy: Callable[[Tensor], Tensor] = Tensor.clone) -> Iterator[tuple[nn.Module, Call]]:
     """Within, a copy of `model` and a call that may run: each tensor is a copy, and what code does to attributes is undone."""
-    module, copies = clone(model), dict[Tensor, Tensor]()
+    module = clone(model)
     before = Snapshot(module)
-
-    def once(tensor: Tensor) -> Tensor:
-        if tensor not in copies:
-            made = copy(tensor)
-            copies[tensor] = nn.Parameter(made, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else made
-        return copies[tensor]
-
-    for part in module.modules():
-        if not isinstance(part, torch.jit.ScriptModule):
-            for tensors in (cast("dict[str, Any]", part._parameters), cast("dict[str, Any]", part._buffers)):
-                tensors.update({name: once(tensor) for name, tensor in tensors.items() if tensor is not None})
+    once = exchange_tensors(module, copy)
     try:
         yield module, cast("Call", tree_map_only(Tensor, once, call))
     finally:

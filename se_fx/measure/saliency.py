@@ -155,8 +155,6 @@ def _take_in(
     for (name, gate, squeezed), gradient in zip(calls, found, strict=True):
         if gradient is not None:
             sums[name].add(samples * gradient.reshape(-1, gate.shape[-3]), squeezed.reshape(-1, gate.shape[-3]))
-    for probe in probes.values():
-        probe.calls.clear()
     return samples
 
 

@@ -31,18 +31,20 @@ def new_block(
     Raises:
         SqueezeExciteError: `site` names a function that isn't known here, or a factory makes no module.
     """
-    parameter = None if conv is None else a_parameter(conv)
+    like = None if conv is None else a_parameter(conv)
+    dtype = None if like is None else like.dtype
     with unset_fake_temporarily():
-        if not isinstance(parameter, FakeTensor):
-            return _made(site, callables, conv, made_on)
-        block = _made(site, callables).to(parameter.dtype).train(conv is None or conv.training)
-        fake_on(block, parameter)
-        return block
+        if isinstance(like, FakeTensor):
+            block = _made(site, callables, None, dtype, made_on)
+            fake_on(block, like)
+        else:
+            block = _made(site, callables, None if like is None else like.device, dtype, made_on)
+    return block.train(conv is None or conv.training)
 
 
-def _made(site: Site, callables: Callables, conv: nn.Conv2d | None = None, made_on: torch.device | None = None) -> nn.Module:
-    device = None if conv is None else a_parameter(conv).device
-    dtype = None if conv is None else a_parameter(conv).dtype
+def _made(
+    site: Site, callables: Callables, device: torch.device | None, dtype: torch.dtype | None, made_on: torch.device | None
+) -> nn.Module:
     if site.block is None:
         assert site.latent_channels is not None
         activation = copy.deepcopy(callables.get(("activation", site.activation), site.activation))
@@ -63,7 +65,7 @@ def _made(site: Site, callables: Callables, conv: nn.Conv2d | None = None, made_
                 f"block={site.block!r}: expected a factory channels -> nn.Module, and it made a {type(block).__name__}"
             )
         block = (IdentityStart(block) if site.init == "identity" else block).to(dtype=dtype)
-    return block.to(device).train(conv is None or conv.training)  # type: ignore[no-any-return]
+    return block.to(device)  # type: ignore[no-any-return]
 
 
 def a_parameter(conv: nn.Conv2d) -> torch.Tensor:

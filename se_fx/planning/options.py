@@ -70,7 +70,7 @@ class Options:
         if self.block is not None:
             _check_choice("block", self.block, BLOCKS, "a factory channels -> nn.Module")
         SqueezeExcite2d(MOST_CHANNELS, **self._of_squeeze_excite(), device="meta")  # checks the rest
-        changed = [name for name in _OF_SQUEEZE_EXCITE if name != "init" and getattr(self, name) != _DEFAULTS[name]]
+        changed = [name for name in _OF_SQUEEZE_EXCITE_ALONE if getattr(self, name) != _DEFAULTS[name]]
         if self.block is not None and changed:
             raise SqueezeExciteError(
                 f"{changed[0]}: is for se_fx's own block, and not for block={shown(self.block)}: leave it out"
@@ -86,9 +86,8 @@ class Options:
         return options
 
     def _changed(self, changes: Mapping[str, Any]) -> Options:
-        to_another = changes.get("block") is not None
-        reset = {name: _DEFAULTS[name] for name in _OF_SQUEEZE_EXCITE if name != "init"} if to_another else {}
-        return dataclasses.replace(self, **{**reset, **changes, "overrides": None})
+        to_another = {name: _DEFAULTS[name] for name in _OF_SQUEEZE_EXCITE_ALONE} if changes.get("block") is not None else {}
+        return dataclasses.replace(self, **{**to_another, **changes, "overrides": None})
 
     def _of_squeeze_excite(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in _OF_SQUEEZE_EXCITE}
@@ -114,7 +113,8 @@ class Options:
                 raise SqueezeExciteError(f"overrides[{shown(pattern)}]: {error}") from error
 
 
-_OF_SQUEEZE_EXCITE = ("latent_channels", "init", "bias", "activation", "gate")
+_OF_SQUEEZE_EXCITE_ALONE = ("latent_channels", "bias", "activation", "gate")
+_OF_SQUEEZE_EXCITE = ("init", *_OF_SQUEEZE_EXCITE_ALONE)
 _DEFAULTS = {field.name: field.default for field in dataclasses.fields(Options) if field.name != "criteria"}
 
 

@@ -4,7 +4,7 @@ Knows nothing of how graphs are made, nor of Squeeze-and-Excitation.
 """
 
 from se_fx.regions.classes import GraphRegion
-from se_fx.regions.cloning import clone
+from se_fx.regions.cloning import clone, exchange_tensors
 from se_fx.regions.code import goes_through_children, may_return_none, set_by
 from se_fx.regions.forwards import EXCITE, UNSCALED
 from se_fx.regions.freshness import hooked, reached, watch
@@ -35,6 +35,7 @@ __all__ = [
     "clone",
     "constants_of",
     "copied",
+    "exchange_tensors",
     "excite",
     "excitement",
     "goes_through_children",

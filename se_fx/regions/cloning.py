@@ -8,15 +8,15 @@ import functools
 import types
 import weakref
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from se_fx.regions.forwards import held_by
 from se_fx.regions.running import is_region
 
-__all__ = ["clone"]
+__all__ = ["clone", "exchange_tensors"]
 
 
 def clone(model: nn.Module) -> nn.Module:
@@ -39,6 +39,31 @@ def clone(model: nn.Module) -> nn.Module:
         if id(module) in shells:
             _fill(module, shells[id(module)], shells)
     return shells.get(id(model), model)  # type: ignore[no-any-return]
+
+
+def exchange_tensors(model: nn.Module, made_of: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """Give a module tree, but its scripted parts, other parameters and buffers in place of its own, in place.
+
+    Args:
+        model: the module.
+        made_of: from a tensor to the one in its place.
+
+    Returns:
+        What gives that of any tensor, once: what is one tensor stays one.
+    """
+    exchanged: dict[Tensor, Tensor] = {}
+
+    def once(tensor: Tensor) -> Tensor:
+        if tensor not in exchanged:
+            made = made_of(tensor)
+            exchanged[tensor] = nn.Parameter(made, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else made
+        return exchanged[tensor]
+
+    for module in model.modules():
+        if not isinstance(module, torch.jit.ScriptModule):
+            for tensors in (cast("dict[str, Any]", module._parameters), cast("dict[str, Any]", module._buffers)):
+                tensors.update({name: once(tensor) for name, tensor in tensors.items() if tensor is not None})
+    return once
 
 
 def _shell(module: nn.Module) -> nn.Module:

@@ -147,24 +147,24 @@ def costs(report: Facts) -> str:
     measured = {"macs": ("MACs", "", _ACCENT), "bytes": ("bytes", "B", _SECOND)}
     measures = measured if report.measured else {"params": ("parameters", "", _ACCENT)}
     scored = all(site.score is not None for site in report.sites)
-    panels: list[tuple[str, str, str, list[float]]] = [
-        (label, unit, colour, [getattr(site.cost, measure) for site in report.sites])
+    panels: list[tuple[str, str, str, str, list[float]]] = [
+        (f"Added {label}", label, unit, colour, [getattr(site.cost, measure) for site in report.sites])
         for measure, (label, unit, colour) in measures.items()
     ]
     if scored:
-        panels.append(("score", "", _INK, [site.score or 0.0 for site in report.sites]))
+        panels.append(("Score", "score", "", _INK, [site.score or 0.0 for site in report.sites]))
     letters = min(38, max(len(site.name) for site in report.sites))
     names_end = round(letters * _LETTER) + 14
     bars_height = len(report.sites) * (20 if len(report.sites) <= 24 else 16)
     height, each = _HEAD + bars_height + _FOOT, (_WIDTH - names_end) // len(panels)
     with _matplotlib():
         drawing = _Drawing(_WIDTH, height)
-        for panel, (label, unit, colour, values) in enumerate(panels):
+        for panel, (title, label, unit, colour, values) in enumerate(panels):
             place = (names_end + panel * each) / _WIDTH, _FOOT / height, (each - 44) / _WIDTH, bars_height / height
-            whole = label != "score"
+            whole = all(isinstance(value, int) for value in values)
             widest = 1.18 * (max(*values, 1) if whole else max(values) or 1)
             axes = drawing.figure.add_axes(place, xlim=(0, widest), ylim=(len(values) - 0.5, -0.5))
-            _scale(axes, f"Added {label}" if whole else "Score", unit, whole=whole)
+            _scale(axes, title, unit, whole=whole)
             bars = axes.barh(range(len(values)), values, height=0.64, color=colour, zorder=2, clip_on=False)
             for row, (bar, site, value) in enumerate(zip(bars, report.sites, values, strict=True)):
                 drawing.title(bar, f"{site.name}: {_told(value)} {label}")

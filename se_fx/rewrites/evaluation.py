@@ -109,6 +109,7 @@ class Evaluation:
             return None
         return interpreter.env[way[-1]]
 
+    @unset_fake_temporarily()
     def averages(self, way: list[fx.Node], source: fx.Node, channels: int) -> bool:
         """Whether the last node of a way yields the average over space of the feature map `source`, in whatever shape.
 
@@ -116,10 +117,6 @@ class Evaluation:
         """
         if not all(self.effects.of(node).computes <= _POLYNOMIAL for node in way):
             return False
-        with unset_fake_temporarily():
-            return self._averages(way, source, channels)
-
-    def _averages(self, way: list[fx.Node], source: fx.Node, channels: int) -> bool:
         for batch, *size in ((2, 3, 5), (3, 5, 2), (2, 4, 4)):
             x = torch.randn(
                 batch, channels, *size, dtype=torch.float64, device="cpu", generator=torch.Generator("cpu").manual_seed(batch)
@@ -132,6 +129,7 @@ class Evaluation:
                 return False
         return True
 
+    @unset_fake_temporarily()
     def keeps_order(self, node: fx.Node, source: fx.Node, shape: tuple[int, ...], maps: Mapping[fx.Node, int]) -> bool:
         """Whether a node gives a vector for each sample, of `shape`, another shape and nothing else, whatever its type.
 
@@ -144,10 +142,6 @@ class Evaluation:
         way = self.way(node, {source, *maps})
         if way is None or not all(self._only_moves(each, source, way) for each in way):
             return False
-        with unset_fake_temporarily():
-            return self._keeps_order(way, source, shape, maps)
-
-    def _keeps_order(self, way: list[fx.Node], source: fx.Node, shape: tuple[int, ...], maps: Mapping[fx.Node, int]) -> bool:
         for batch, dtype in ((2, torch.float64), (3, torch.bfloat16), (1, torch.float32)):
             x = torch.arange(batch * torch.Size(shape).numel(), device="cpu").to(dtype).reshape(batch, *shape)
             found = self.run(way, {source: x, **self.some(maps, way, batch, dtype)})
