@@ -71,12 +71,12 @@ GFLOPS = {
 @pytest.mark.parametrize("name", GFLOPS)
 def test_gflops(name: str) -> None:
     placement, base, with_se = GFLOPS[name]
-    gm = se_fx.transform(plain(name), placement=placement, latent_channels=1 / 16, min_channels=1)
-    report = se_fx.report(gm, torch.zeros(1, 3, 224, 224))
-    scaled = sum(site.channels * site.spatial[0] * site.spatial[1] for site in report.sites)
-    added = (report.added.macs + scaled) / 1e9
-    assert report.base.macs / 1e9 == pytest.approx(base, rel=0.003)
-    assert report.base.macs / 1e9 + added == pytest.approx(with_se, rel=0.003)
+    options = {"placement": placement, "latent_channels": 1 / 16, "min_channels": 1}
+    plan = se_fx.plan(plain(name), example_inputs=torch.zeros(1, 3, 224, 224), **options)
+    scaled = sum(site.channels * site.spatial[0] * site.spatial[1] for site in plan.sites)
+    added = (plan.added.macs + scaled) / 1e9
+    assert plan.base.macs / 1e9 == pytest.approx(base, rel=0.003)
+    assert plan.base.macs / 1e9 + added == pytest.approx(with_se, rel=0.003)
     assert added == pytest.approx(with_se - base, abs=0.01)  # both are rounded to 0.01
 
 

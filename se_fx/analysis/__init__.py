@@ -5,10 +5,11 @@ what a neck. Graphs are read, or run on meta tensors; nothing is edited. Knows n
 """
 
 from se_fx.analysis.calls import Modules, arguments, called, is_plain, modules_of, on_meta, runs_pytorch
-from se_fx.analysis.channels import Values, channels
+from se_fx.analysis.channels import Values, channels, values_of
 from se_fx.analysis.dataflow import ADDS, PRODUCTS, attention_convs
 from se_fx.analysis.effects import Effects
 from se_fx.analysis.flow import conv_flow
+from se_fx.analysis.memo import remembering
 from se_fx.analysis.necks import neck_convs
 from se_fx.analysis.residual import Unit, activation_after, is_nonlinear, residual_units
 from se_fx.analysis.statements import name_results
@@ -32,6 +33,8 @@ __all__ = [
     "name_results",
     "neck_convs",
     "on_meta",
+    "remembering",
     "residual_units",
     "runs_pytorch",
+    "values_of",
 ]

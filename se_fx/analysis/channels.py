@@ -14,9 +14,10 @@ from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves
 
 from se_fx.analysis.calls import holds_hooks_or_convs, on_meta
+from se_fx.analysis.memo import remembered
 from se_fx.capture import random_state, set_random_state
 
-__all__ = ["UNKNOWN", "Values", "channels"]
+__all__ = ["UNKNOWN", "Values", "channels", "values_of"]
 
 
 def channels(graph: fx.Graph, root: nn.Module) -> dict[fx.Node, int]:
@@ -26,7 +27,13 @@ def channels(graph: fx.Graph, root: nn.Module) -> dict[fx.Node, int]:
         graph: a region's graph.
         root: the module its targets refer to, a scratch copy: modules without a Conv2d are run, on meta tensors.
     """
-    return Values(graph, root).maps
+    return values_of(graph, root).maps
+
+
+@remembered
+def values_of(graph: fx.Graph, root: nn.Module) -> Values:
+    """What the nodes of a graph yield, for whoever asks."""
+    return Values(graph, root)
 
 
 #: A value that can't be told without an input.

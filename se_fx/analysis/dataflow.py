@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from se_fx.analysis.calls import Modules, arguments, called, modules_of
+from se_fx.analysis.memo import remembered
 from se_fx.regions import Inserted
 
 __all__ = [
@@ -59,6 +60,7 @@ def pooled(graph: fx.Graph, modules: Modules) -> set[fx.Node]:
     return found
 
 
+@remembered
 def attention_convs(graph: fx.Graph, root: nn.Module) -> set[str]:
     """Convs that compute a gate: between a pooling to 1x1 and a product (or sum) with a value that is not pooled.
 

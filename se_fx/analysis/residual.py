@@ -13,6 +13,7 @@ from torch import fx, nn
 from se_fx.analysis.calls import Modules, arguments, called, modules_of
 from se_fx.analysis.channels import channels
 from se_fx.analysis.dataflow import ADDS, attention_convs, inserted, live, pooled
+from se_fx.analysis.memo import remembered
 
 __all__ = ["Unit", "activation_after", "is_nonlinear", "residual_units"]
 
@@ -42,7 +43,8 @@ class Unit:
     start_channels: int | None
 
 
-def residual_units(graph: fx.Graph, root: nn.Module) -> Iterator[Unit]:
+@remembered
+def residual_units(graph: fx.Graph, root: nn.Module) -> tuple[Unit, ...]:
     """The residual units of a graph, in its order.
 
     An addition is the end of one where its operands are feature maps that lead back to one value on disjoint ways at one
@@ -50,6 +52,10 @@ def residual_units(graph: fx.Graph, root: nn.Module) -> Iterator[Unit]:
     the *shortcut*, which is the value itself or a projection: no nonlinearity. So the merges of pyramids and decoders,
     sums of parallel convolutions, position encodings and broadcasts are none.
     """
+    return tuple(_units(graph, root))
+
+
+def _units(graph: fx.Graph, root: nn.Module) -> Iterator[Unit]:
     modules, data = modules_of(root), live(graph) & _used(graph)
     adds = [node for node in graph.nodes if node in data and _adds(node, modules, data) and len(_operands(node, data)) == 2]
     if not adds:

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 
 from torch import fx, nn
 
-from se_fx.analysis import Effects, Modules, Unit, Values, activation_after, called, modules_of, residual_units
+from se_fx.analysis import Effects, Modules, Unit, activation_after, called, modules_of, residual_units, values_of
 from se_fx.placement.spot import Spot
 
 __all__ = ["identity", "post", "pre", "residual"]
@@ -20,7 +20,7 @@ def residual(graph: fx.Graph, root: nn.Module) -> Iterator[Spot]:
 def pre(graph: fx.Graph, root: nn.Module) -> Iterator[Spot]:
     """On what each residual branch reads, its shortcut reading the plain value: the paper's SE-PRE."""
     modules = modules_of(root)
-    effects = Effects(root, modules, Values(graph, root))
+    effects = Effects(root, modules, values_of(graph, root))
 
     def spots() -> Iterator[Spot]:
         for unit in residual_units(graph, root):
@@ -45,7 +45,7 @@ def post(graph: fx.Graph, root: nn.Module) -> Iterator[Spot]:
 
 def identity(graph: fx.Graph, root: nn.Module) -> Iterator[Spot]:
     """On the shortcut of each residual unit: the paper's SE-Identity."""
-    effects = Effects(root, modules_of(root), Values(graph, root))
+    effects = Effects(root, modules_of(root), values_of(graph, root))
     return _one_per_conv(
         Spot(unit.conv, unit.channels, (unit.shortcut,), frozenset({unit.add}))
         for unit in residual_units(graph, root)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from se_fx.analysis import attention_convs
+from se_fx.analysis import attention_convs, remembering
 from se_fx.blocks import latent_width
 from se_fx.capture import Capture, drawing_from, is_conv
 from se_fx.cost import Cost, measure
@@ -89,6 +89,7 @@ def check_alone(plan: Any, options: Options) -> None:
         raise SqueezeExciteError(f"{name}: a plan fixes all options already; pass either plan= or options")
 
 
+@remembering()
 def choose(capture: Capture, options: Options) -> Choice:
     """The sites `options` ask for in a captured model.
 
@@ -129,6 +130,7 @@ def choose(capture: Capture, options: Options) -> Choice:
     return Choice(capture, plan, places, convs, before)
 
 
+@remembering()
 def fit(capture: Capture, plan: Plan) -> Choice:
     """A plan that was made before, on a captured model of the same architecture, without the sites that this has already.
 

@@ -71,8 +71,7 @@ CHANGES: dict[str, Callable[[Any], Any]] = {
 USES: dict[str, Callable[[nn.Module], nn.Module]] = {
     "transform": lambda model: se_fx.transform(model, min_channels=1, init="identity"),
     "in place": lambda model: (se_fx.apply_squeeze_excite(model, min_channels=1, init="identity"), model)[1],
-    "inference": se_fx.optimize_for_inference,
-    "inference of inputs": lambda model: se_fx.optimize_for_inference(model, example_inputs=X),
+    "inference": lambda model: se_fx.optimize_for_inference(model, example_inputs=X),
     "training": lambda model: se_fx.optimize_for_training(model, example_inputs=X),
     "plan": lambda model: (se_fx.plan(model, min_channels=1, example_inputs=X), model)[1],
 }

@@ -85,10 +85,10 @@ def counted(model: nn.Module, *args) -> int:
     return counter.get_total_flops()
 
 
-@pytest.mark.parametrize("name", ["resnet18", "mobilenet_v3_small", "densenet121", "vit_b_16", "convnext_tiny", "googlenet"])
+@pytest.mark.parametrize("name", ["resnet18", "mobilenet_v3_small", "convnext_tiny"])
 def test_macs_are_half_of_pytorchs_flops(name: str) -> None:
     model = torchvision.models.get_model(name)
-    x = torch.randn(1, 3, 224, 224) if name.startswith("vit") else torch.randn(2, 3, 64, 64)
+    x = torch.randn(2, 3, 64, 64)
     gm = se_fx.transform(model, min_channels=1, latent_channels=8)
     report = se_fx.report(gm, x)
     assert 2 * report.base.macs == counted(model, x)

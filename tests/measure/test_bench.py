@@ -179,8 +179,7 @@ def test_every_batch_size_is_compiled_beyond_the_limit_of_recompilations(monkeyp
 
 
 # ------------------------------------------------------------------------------------------------------------- freezing
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("freezing", [False, True])
+@pytest.mark.parametrize(("freezing", "dtype"), [(False, torch.float32), (True, torch.float32), (True, torch.bfloat16)])
 def test_only_frozen_code_has_weights_as_constants(
     cnn: nn.Sequential, freezing: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:

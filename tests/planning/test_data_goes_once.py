@@ -8,9 +8,11 @@ from typing import Any
 
 import pytest
 import torch
+import torchvision
 from torch import Tensor, fx, nn
 
 import se_fx
+from se_fx.analysis import Values
 from se_fx.placement import PLACEMENTS, Spot
 
 
@@ -63,3 +65,17 @@ def test_so_it_is_where_a_plan_is_replayed() -> None:
     policy.calls.clear()
     assert len(se_fx.report(se_fx.transform(TwoModes(), plan)).sites) == 2
     assert list(policy.calls.values()) == [1, 1]
+
+
+@pytest.mark.parametrize("placement", ["conv", "residual", "pre", "identity"])
+def test_a_graph_is_run_once_for_all_that_is_asked_of_it(placement: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    graphs: Counter[fx.Graph] = Counter()
+    original = Values.__init__
+
+    def counted(self: Values, graph: fx.Graph, root: nn.Module) -> None:
+        graphs[graph] += 1
+        original(self, graph, root)
+
+    monkeypatch.setattr(Values, "__init__", counted)
+    se_fx.plan(torchvision.models.resnet18(), placement=placement, min_channels=1)
+    assert list(graphs.values()) == ([] if placement == "conv" else [1])

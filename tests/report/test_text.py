@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 
@@ -102,7 +103,9 @@ def deep(blocks: int, bare: int = 0) -> nn.Sequential:
 @pytest.fixture(scope="module", params=[None, torch.zeros(1, 3, 2, 2)], ids=["parameters", "measured"])
 def very_deep(request: pytest.FixtureRequest) -> tuple[nn.Module, Report]:
     model = deep(70)
-    return model, se_fx.report(se_fx.transform(model, min_channels=1, latent_channels=2), request.param)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys.modules["se_fx.transform"], "activation_bytes", lambda *_: None)  # which takes longest
+        return model, se_fx.report(se_fx.transform(model, min_channels=1, latent_channels=2), request.param)
 
 
 def test_very_many_blocks_are_folded_into_ranges_that_name_each_once(very_deep: tuple[nn.Module, Report]) -> None:

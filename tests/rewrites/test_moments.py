@@ -99,8 +99,7 @@ SHARED: dict[str, tuple[Callable[[], nn.Module], int, int]] = {
     "before and after": (Both, 4, 1),
     "of groups": (lambda: Residual(lambda: nn.GroupNorm(4, CHANNELS)), 2, 1),
     "of one group": (lambda: Residual(lambda: nn.GroupNorm(1, CHANNELS, affine=False)), 2, 1),
-    "of each batch alone": (lambda: Residual(lambda: nn.BatchNorm2d(CHANNELS, track_running_stats=False)), 2, 1),
-    "without weights": (lambda: Residual(lambda: nn.BatchNorm2d(CHANNELS, affine=False)), 2, 1),
+    "of each batch alone": (lambda: Residual(lambda: nn.BatchNorm2d(CHANNELS, affine=False, track_running_stats=False)), 2, 1),
     "of timm's": (lambda: Residual(lambda: timm.layers.BatchNormAct2d(CHANNELS, apply_act=False)), 2, 1),
     "se_fx's block": (lambda: nn.Sequential(conv(), nn.BatchNorm2d(CHANNELS), se_fx.SqueezeExcite2d(CHANNELS, 2)), 2, 1),
     "torchvision's block": (
