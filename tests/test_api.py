@@ -141,20 +141,26 @@ se_fx.integrations.lightning: SqueezeExcite
         SqueezeExcite.on_train_start(self, trainer: Trainer, pl_module: LightningModule)
         SqueezeExcite.on_after_backward(self, trainer: Trainer, pl_module: LightningModule)
         SqueezeExcite.on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule)
-se-fx report MODEL [--input N,C,H,W] [--json] [--min-channels N] [--where GLOB] [--stages STAGE] [--necks/--no-necks]
-        [--latent-channels X] [--placement PLACEMENT] [--budget KIND=X] [--block BLOCK] [--init INIT] [--bias]
-        [--activation ACTIVATION] [--gate GATE] [--html FILE] [--roofline]
-se-fx plan MODEL [--input N,C,H,W] [--json] [--min-channels N] [--where GLOB] [--stages STAGE] [--necks/--no-necks]
-        [--latent-channels X] [--placement PLACEMENT] [--budget KIND=X] [--block BLOCK] [--init INIT] [--bias]
-        [--activation ACTIVATION] [--gate GATE]
-se-fx suggest MODEL [--input N,C,H,W] [--json]
-se-fx transform MODEL [--input N,C,H,W] [--json] [--min-channels N] [--where GLOB] [--stages STAGE] [--necks/--no-necks]
-        [--latent-channels X] [--placement PLACEMENT] [--budget KIND=X] [--block BLOCK] [--init INIT] [--bias]
-        [--activation ACTIVATION] [--gate GATE] [--checkpoint FILE] [--seed N] --save FILE
-se-fx bench MODEL [--input N,C,H,W] [--json] [--min-channels N] [--where GLOB] [--stages STAGE] [--necks/--no-necks]
-        [--latent-channels X] [--placement PLACEMENT] [--budget KIND=X] [--block BLOCK] [--init INIT] [--bias]
-        [--activation ACTIVATION] [--gate GATE] [--batch-sizes N = [1]] [--compiled] [--training] [--channels-last]
-        [--bf16] [--device DEVICE = cpu] [--rounds N = 15]
+se-fx report MODEL [--input N,C,H,W] [--json] [--checkpoint FILE] [--trust-pickle] [--min-channels N] [--where GLOB]
+        [--stages STAGE] [--necks/--no-necks] [--latent-channels X] [--placement PLACEMENT] [--budget KIND=X] [--block
+        BLOCK] [--init INIT] [--bias] [--activation ACTIVATION] [--gate GATE] [--html FILE] [--roofline]
+se-fx plan MODEL [--input N,C,H,W] [--json] [--checkpoint FILE] [--trust-pickle] [--min-channels N] [--where GLOB]
+        [--stages STAGE] [--necks/--no-necks] [--latent-channels X] [--placement PLACEMENT] [--budget KIND=X] [--block
+        BLOCK] [--init INIT] [--bias] [--activation ACTIVATION] [--gate GATE]
+se-fx suggest MODEL [--input N,C,H,W] [--json] [--checkpoint FILE] [--trust-pickle]
+se-fx score MODEL [--input N,C,H,W] [--json] [--checkpoint FILE] [--trust-pickle] [--min-channels N] [--where GLOB]
+        [--stages STAGE] [--necks/--no-necks] [--latent-channels X] [--placement PLACEMENT] [--budget KIND=X] [--block
+        BLOCK] [--init INIT] [--bias] [--activation ACTIVATION] [--gate GATE] --batches SPEC [--loss SPEC =
+        torch.nn.functional:cross_entropy] [--saliency SALIENCY = first_order]
+se-fx transform MODEL [--input N,C,H,W] [--json] [--checkpoint FILE] [--trust-pickle] [--min-channels N] [--where GLOB]
+        [--stages STAGE] [--necks/--no-necks] [--latent-channels X] [--placement PLACEMENT] [--budget KIND=X] [--block
+        BLOCK] [--init INIT] [--bias] [--activation ACTIVATION] [--gate GATE] [--seed N] --save FILE
+se-fx optimize MODEL [--input N,C,H,W] [--json] [--checkpoint FILE] [--trust-pickle] [--target TARGET] [--onnx FILE]
+        [--pt2 FILE] [--dynamic-batch]
+se-fx bench MODEL [--input N,C,H,W] [--json] [--checkpoint FILE] [--trust-pickle] [--min-channels N] [--where GLOB]
+        [--stages STAGE] [--necks/--no-necks] [--latent-channels X] [--placement PLACEMENT] [--budget KIND=X] [--block
+        BLOCK] [--init INIT] [--bias] [--activation ACTIVATION] [--gate GATE] [--batch-sizes N = [1]] [--compiled]
+        [--training] [--channels-last] [--bf16] [--device DEVICE = cpu] [--rounds N = 15]
 plan: {"version": 1, "sites": [{"name": "0", "channels": 8, "latent_channels": 2, "placement": "conv", "init":
         "default", "bias": false, "activation": "relu", "gate": "sigmoid", "block": null}]}
 state_dict: _extra_state, fc1.weight, fc1.bias, fc2.weight, fc2.bias
@@ -247,7 +253,7 @@ def _assigns(node: ast.stmt, name: str) -> bool:
 
 
 def _commands() -> Iterator[str]:
-    (commands,) = (action for action in se_fx.cli._parser()._actions if isinstance(action, argparse._SubParsersAction))
+    (commands,) = (action for action in se_fx.cli.parser()._actions if isinstance(action, argparse._SubParsersAction))
     for command, parser in commands.choices.items():
         yield f"se-fx {command} " + " ".join(map(_argument, parser._actions[1:]))  # the first is --help
 

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import se_fx
-from se_fx.cli import _parser, main
+from se_fx.cli import main, parser
 
 
 def build() -> nn.Module:
@@ -28,6 +28,14 @@ def needs(argument: int) -> nn.Module:
 
 
 not_a_model = 3
+
+
+def batches() -> list[tuple[Tensor, Tensor]]:
+    return [(torch.randn(4, 3, 8, 8), torch.randn(4, 512, 6, 6))] * 2
+
+
+def loss(output: Tensor, target: Tensor) -> Tensor:
+    return (output - target).square().mean()
 
 
 def test_report_of_a_torchvision_model(capsys: pytest.CaptureFixture[str]) -> None:
@@ -100,6 +108,61 @@ def test_transform_from_a_seed(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert "seed=-1: expected an integer" in capsys.readouterr().err
 
 
+def test_files_of_code(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "parts.py").write_text("from torch import nn\n\nconvs = [nn.Conv2d(3, 256, 1)]\n")
+    file = tmp_path / "its_models.py"
+    file.write_text("import parts\nfrom torch import nn\n\ndef build():\n    return nn.Sequential(*parts.convs)\n")
+    assert main(["plan", f"{file}:build", "--json"]) == 0
+    assert [site["name"] for site in json.loads(capsys.readouterr().out)["sites"]] == ["0"]
+    assert main(["plan", f"{file}:make"]) == 2
+    assert f"{file} has no 'make'" in capsys.readouterr().err
+
+
+def test_scores_and_the_best_for_a_budget(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    weights = tmp_path / "trained.pt"
+    torch.save(build().state_dict(), weights)
+    here = [f"{__name__}:{name}" for name in ("build", "batches", "loss")]
+    command = ["score", here[0], "--checkpoint", str(weights), "--batches", here[1], "--loss", here[2], "--json"]
+    assert main(command) == 0
+    scores = json.loads(capsys.readouterr().out)["scores"]
+    assert list(scores) == ["0", "2"]
+    assert all(score >= 0 for score in scores.values())
+    assert max(scores.values()) > 0
+    assert main([*command, "--budget", "params=40000"]) == 0  # 2 x 256 x 64
+    assert [site["name"] for site in json.loads(capsys.readouterr().out)["sites"]] == ["0"]
+    assert main([*command, "--budget", "params=1"]) == 1
+
+
+def test_optimize_and_what_it_writes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    saved, onnx, program = (tmp_path / name for name in ("se.pt", "fast.onnx", "fast.pt2"))
+    assert main(["transform", f"{__name__}:build", "--save", str(saved)]) == 0
+    read = torch.load(saved, weights_only=True)
+    gm = se_fx.transform(build(), se_fx.Plan.from_dict(read["plan"])).eval()
+    gm.load_state_dict(read["state_dict"])
+    x = torch.randn(3, 3, 8, 8)
+    capsys.readouterr()
+    command = ["optimize", f"{__name__}:build", "--checkpoint", str(saved), "--input", "1,3,8,8", "--dynamic-batch"]
+    assert main([*command, "--onnx", str(onnx), "--pt2", str(program)]) == 0
+    assert capsys.readouterr().out.endswith(f"Written to {program}.\n\nWritten to {onnx}.\n")
+    session = pytest.importorskip("onnxruntime").InferenceSession(onnx)
+    (name,) = (each.name for each in session.get_inputs())
+    # Rounding of other kernels.
+    torch.testing.assert_close(torch.from_numpy(session.run(None, {name: x.numpy()})[0]), gm(x).detach(), rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(torch.export.load(program).module()(x), gm(x), rtol=1e-3, atol=1e-5)
+    assert main(["optimize", f"{__name__}:build"]) == 1  # no attention in it
+
+
+def test_whole_models_only_if_they_are_trusted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    whole = tmp_path / "whole.pt"
+    torch.save(build(), whole)
+    assert main(["plan", str(whole)]) == 2
+    assert "may do anything when it is loaded; if you trust it, say --trust-pickle" in capsys.readouterr().err
+    assert main(["plan", str(whole), "--trust-pickle"]) == 0
+    torch.save(build().state_dict(), whole)
+    assert main(["plan", str(whole), "--trust-pickle"]) == 2
+    assert "expected the file to hold an nn.Module, and got OrderedDict" in capsys.readouterr().err
+
+
 def test_bench(capsys: pytest.CaptureFixture[str]) -> None:
     spec = f"{__name__}:build"
     assert main(["bench", spec, "--input", "1,3,8,8", "--rounds", "2", "--batch-sizes", "1", "2", "--json"]) == 0
@@ -114,24 +177,31 @@ def test_bench(capsys: pytest.CaptureFixture[str]) -> None:
 
 # --------------------------------------------------------------------------------------------------------------- bad input
 SPEC = f"{__name__}:build"
-COMMANDS = ("report", "plan", "suggest", "transform", "bench")
-WITH_OPTIONS = ("report", "plan", "transform", "bench")
-REQUIRED = {"transform": ("--save", "se.pt")}
+COMMANDS = ("report", "plan", "suggest", "score", "transform", "optimize", "bench")
+WITH_OPTIONS = ("report", "plan", "score", "transform", "bench")
+REQUIRED = {"transform": ("--save", "se.pt"), "score": ("--batches", f"{__name__}:batches")}
 
 #: Command, option (or argument), the words after it, what the message says.
 ROWS: list[tuple[str, str, tuple[str, ...], str]] = [
     *(
         (command, "MODEL", (), "the following arguments are required: MODEL")
-        for command in ("report", "plan", "suggest", "bench")
+        for command in ("report", "plan", "suggest", "optimize", "bench")
     ),
+    ("score", "MODEL", (), "the following arguments are required: MODEL"),
     *(
         ("report", "MODEL", (spec,), f"MODEL {spec.removeprefix('timm:')!r}: {message}")
         for spec, message in (
             ("resnet51", "there is no such model; did you mean resnet"),
-            ("xyzzy", "there is no such model; expected a torchvision model, timm:NAME or package.module:callable"),
+            (
+                "xyzzy",
+                "there is no such model; expected a torchvision model, timm:NAME, package.module:callable or file.py:callable",
+            ),
             ("", "there is no such model; expected"),
             ("a\nb", "there is no such model"),
             ("timm:resnet51z", "there is no such model; did you mean resnet51"),
+            ("no_such_file.py:build", "can't import 'no_such_file.py': FileNotFoundError"),
+            ("broken.py:build", "can't import 'broken.py': SyntaxError"),
+            ("program.pt2", "a program of torch.export has operators, and no nn.Conv2d"),
             ("no_such_package:build", "can't import 'no_such_package': ModuleNotFoundError"),
             ("..:build", "can't import '..': TypeError"),
             ("broken:build", "can't import 'broken': SyntaxError"),
@@ -143,7 +213,7 @@ ROWS: list[tuple[str, str, tuple[str, ...], str]] = [
             ("builtins:dict", "expected it to return an nn.Module, and got dict"),
         )
     ),
-    *((command, "MODEL", ("torch.nn:Identity",), "model: Identity has no nn.Conv2d") for command in COMMANDS),
+    *((command, "MODEL", ("torch.nn:Identity",), "model: Identity has no nn.Conv2d") for command in WITH_OPTIONS),
     ("plan", "MODEL", ("vgg11", "--placement", "residual"), "placement='residual': the graphs of VGG have no such place"),
     *(
         (command, "--input", (SPEC, "--input", shape), f"{shape!r}: expected a shape such as 1,3,224,224")
@@ -157,7 +227,33 @@ ROWS: list[tuple[str, str, tuple[str, ...], str]] = [
             (SPEC, "--input", "1,4,8,8"),
             "example_inputs: the model could not be called with inputs (1, 4, 8, 8)",
         )
-        for command in ("report", "plan", "suggest")
+        for command in ("report", "plan", "suggest", "score", "optimize")
+    ),
+    *((command, "--trust-pickle", (SPEC, "--trust-pickle=1"), "argument --trust-pickle: ignored") for command in COMMANDS),
+    *((command, "--trust-pickle", ("whole.pt",), "if you trust it, say --trust-pickle") for command in COMMANDS),
+    ("report", "--trust-pickle", ("empty.pt", "--trust-pickle"), "MODEL 'empty.pt': can't be loaded: EOFError"),
+    *(
+        ("score", option, (SPEC, *(() if option == "--batches" else REQUIRED["score"]), option, value), message)
+        for option, value, message in (
+            ("--batches", "batches", "--batches 'batches': expected package.module:name or path/to/file.py:name"),
+            ("--batches", "no_such_package:b", "--batches 'no_such_package:b': can't import 'no_such_package'"),
+            ("--batches", f"{__name__}:fails", "calling it failed: RuntimeError: no such weights"),
+            ("--batches", f"{__name__}:not_a_model", "batches"),
+            ("--loss", "l1", "--loss 'l1': expected package.module:name or path/to/file.py:name"),
+            ("--loss", f"{__name__}:not_a_model", "loss"),
+            ("--saliency", "size", "saliency='size'"),
+        )
+    ),
+    *(
+        ("optimize", option, (SPEC, *words), message)
+        for option, words, message in (
+            ("--target", ("--target", "phone"), "target='phone': expected"),
+            ("--onnx", ("--onnx", "x.onnx"), "--onnx, --pt2: the shape of an input is needed"),
+            ("--onnx", ("--input", "1,3,8,8", "--onnx", "no/such/x.onnx"), "no/such/x.onnx"),
+            ("--pt2", ("--pt2", "x.pt2"), "--onnx, --pt2: the shape of an input is needed"),
+            ("--pt2", ("--input", "1,3,8,8", "--pt2", "no/such/x.pt2"), "No such file or directory: 'no/such/x.pt2'"),
+            ("--dynamic-batch", ("--dynamic-batch=1",), "argument --dynamic-batch: ignored"),
+        )
     ),
     ("bench", "--input", (SPEC, "--input", "1,4,8,8"), "models['original']: inference (eager) failed with inputs (1, 4, 8, 8)"),
     ("bench", "--input", (SPEC, "--input", "1,3,99999999,9999999"), "--input: no tensor of this shape can be made"),
@@ -204,6 +300,7 @@ ROWS: list[tuple[str, str, tuple[str, ...], str]] = [
         ("transform", "--seed", (SPEC, "--seed", seed), message)
         for seed, message in (("x", "argument --seed: invalid int value: 'x'"), ("-1", "seed=-1: expected an integer from 0"))
     ),
+    *((command, "--checkpoint", (SPEC, "--checkpoint", "nothing.pt"), "No such file or directory") for command in COMMANDS),
     *(
         ("transform", "--checkpoint", (SPEC, "--checkpoint", file), message)
         for file, message in (
@@ -264,7 +361,7 @@ def test_bad_input_is_one_clear_line_and_status_2(
     before = sorted(tmp_path.iterdir())
     faults = []
     for _, option, words, message in (row for row in ROWS if row[0] == command):
-        arguments = [command, *words, *(() if option == "--save" else REQUIRED.get(command, ()))]
+        arguments = [command, *words, *(() if option in ("--save", "--batches") else REQUIRED.get(command, ()))]
         status = run(arguments)
         out, error = capsys.readouterr()
         *usage, last = error.replace("\r", "\n").strip("\n").split("\n")
@@ -277,11 +374,11 @@ def test_bad_input_is_one_clear_line_and_status_2(
 
 
 def test_no_option_is_without_bad_input() -> None:
-    (commands,) = (action for action in _parser()._actions if action.dest == "command")
+    (commands,) = (action for action in parser()._actions if action.dest == "command")
     options = {
         (name, (action.option_strings or [action.metavar])[-1])
-        for name, parser in commands.choices.items()
-        for action in parser._actions
+        for name, command in commands.choices.items()
+        for action in command._actions
         if action.dest != "help"
     }
     assert options <= {(command, option.split("=")[0]) for command, option, _, _ in ROWS}
@@ -291,7 +388,7 @@ def test_no_option_is_without_bad_input() -> None:
 
 
 def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:
-    for arguments in (["--help"], *([command, "--help"] for command in ("report", "plan", "suggest", "transform", "bench"))):
+    for arguments in (["--help"], *([command, "--help"] for command in COMMANDS)):
         with pytest.raises(SystemExit) as caught:
             main(arguments)
         assert caught.value.code == 0
