@@ -1,6 +1,6 @@
-"""docs/recipes.md with the packages that it is about: Transformers, segmentation_models_pytorch, peft, Ultralytics, torchinfo.
+"""The pages for models of other libraries, with these: Transformers, segmentation_models_pytorch, peft, Ultralytics, torchinfo.
 
-The page's own code runs, with names of downloads replaced by those of small random models. Each test needs its package
+The pages' own code runs, with names of downloads replaced by those of small random models. Each test needs its package
 (`pip install -e '.[recipes]'`) and is skipped without.
 """
 
@@ -26,13 +26,12 @@ OPTIONS: dict[str, Any] = {"latent_channels": 1 / 4, "min_channels": 1, "placeme
 ROOT = Path(__file__).parents[2]
 
 
-def code_of(section: str, replaced: dict[str, str]) -> str:
-    """The code of a section of the page, with something else for what it downloads."""
-    text = re.split(r"^## ", (ROOT / "docs/recipes.md").read_text("utf-8"), flags=re.MULTILINE)
-    (found,) = (part for part in text if part.startswith(f"{section}\n"))
-    (code,) = re.findall(r"^```\{code-block\} python\n(.*?)^```$", found, re.MULTILINE | re.DOTALL)
+def code_of(page: str, replaced: dict[str, str], number: int = 0) -> str:
+    """A page's code, the block of this number, with something else for what it downloads."""
+    text = (ROOT / "docs" / page).read_text("utf-8")
+    code = re.findall(r"^```\{code-block\} python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)[number]
     for old, new in replaced.items():
-        assert code.count(old) == 1, f"{section} has no {old} any more, or several"
+        assert code.count(old) == 1, f"{page} has no {old} any more, or several"
         code = code.replace(old, new)
     return str(code)
 
@@ -81,7 +80,7 @@ def test_transformers(elsewhere: Path) -> None:
 
     names: dict[str, Any] = {"train": train}
     replaced = {"microsoft/resnet-18": "pretrained", "...  # Trainer(model=model, ...).train()": "train(model)"}
-    exec(code_of("Hugging Face", replaced), names)
+    exec(code_of("huggingface.md", replaced), names)
     assert torch.equal(before[0], original(x).logits)
     trained, again = names["trained"].eval(), names["model"].eval()
     assert type(again) is not type(trained)
@@ -99,7 +98,7 @@ def test_segmentation_models(way: str) -> None:
     """Encoder and decoder called apart are the whole, blocks included; blocks in the decoder alone."""
     smp = pytest.importorskip("segmentation_models_pytorch")
     names: dict[str, Any] = {"se_fx": se_fx}
-    exec(code_of("segmentation_models_pytorch", {'encoder_weights="imagenet"': "encoder_weights=None"}), names)
+    exec(code_of("unet.md", {'encoder_weights="imagenet"': "encoder_weights=None"}), names)
     model = names["model"].eval()
     if way == "transform":
         options: dict[str, Any] = {"latent_channels": 16, "min_channels": 64, "placement": "activation", "where": "decoder.*"}
@@ -127,7 +126,7 @@ def test_peft() -> None:
     with torch.no_grad():
         model_before = model(x)
     names: dict[str, Any] = {"model": model}
-    exec(code_of("peft", {}), names)
+    exec(code_of("huggingface.md", {}, 1), names)
     adapted = names["adapted"].eval()
     for name, parameter in adapted.named_parameters():
         if "lora_B" in name:  # zero at the start
@@ -211,7 +210,7 @@ def test_the_pages_yolo(elsewhere: Path) -> None:
         'train(data="coco8.yaml", epochs=3': f"train(data={data!r}, {settings}",
         'val(data="coco8.yaml")': f"val(data={data!r})",
     }
-    training, validation = code_of("YOLO", replaced).rsplit("\n", 2)[:2]
+    training, validation = code_of("yolo.md", replaced).rsplit("\n", 2)[:2]
     (elsewhere / "training.py").write_text(training)
     (elsewhere / "validation.py").write_text(f"import se_fx\nfrom ultralytics import YOLO\n{validation}\n")
     run(["training.py"])
