@@ -21,7 +21,7 @@ for helper in ("excited", "folds", "promises", "trained", "two_convs"):
     pytest.register_assert_rewrite(helper)  # so that what they assert tells as much as in a test
 
 slow = {"deadline": None, "suppress_health_check": list(HealthCheck), "phases": set(Phase) - {Phase.explain}}
-settings.register_profile("few", max_examples=100, derandomize=True, **slow)
+settings.register_profile("few", max_examples=50, derandomize=True, **slow)
 settings.register_profile("many", max_examples=1000, database=None, **slow)
 settings.load_profile("few")
 

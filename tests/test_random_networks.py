@@ -1,6 +1,6 @@
 """Random networks, random options: what se_fx promises holds for all of them.
 
-Two tests draw 100 networks each, the same ones each time; `--hypothesis-show-statistics` says what. More, and others:
+Two tests draw 50 networks each, the same ones each time; `--hypothesis-show-statistics` says what. More, and others:
 
     python -m pytest -m random tests/test_random_networks.py --hypothesis-profile=many --hypothesis-seed=1
 

@@ -7,7 +7,8 @@ import json
 import subprocess
 import sys
 import unittest.mock
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from pathlib import Path
 
 import pytest
 import torch
@@ -167,26 +168,38 @@ def test_a_gates_share_goes_into_the_gate(block: str) -> None:
     assert maps[0] == maps[1]
 
 
-@pytest.mark.integration
-@BLOCK
-def test_blocks_compile_whole(block: str) -> None:
-    gm = with_strength(transformed(settled(Network()), block, init="identity"), 0.5)
-    for training in (False, True):
-        backend = "aot_eager" if training or block not in ("eca", "cbam", "simam") else "inductor"  # what takes a while
-        gm.train(training)
-        torch.testing.assert_close(torch.compile(gm, fullgraph=True, backend=backend)(X), gm(X), rtol=1e-4, atol=1e-4)
+class Each(nn.Module):
+    """A network for each block, all in one, since what takes time is each start of a compiler or exporter."""
+
+    def __init__(self, blocks: Iterable[str]) -> None:
+        super().__init__()
+        networks = {block: transformed(settled(Network()), block, init="identity", where="conv2") for block in blocks}
+        self.networks = nn.ModuleDict({block: with_strength(network, 0.5) for block, network in networks.items()})
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        return {block: network(x) for block, network in self.networks.items()}
 
 
 @pytest.mark.integration
-@BLOCK
-def test_blocks_export_to_onnx(block: str, tmp_path) -> None:
+@pytest.mark.parametrize(
+    ("blocks", "training", "backend"),
+    [(BLOCKS, False, "aot_eager"), (BLOCKS, True, "aot_eager"), (("eca", "cbam", "simam"), False, "inductor")],
+)
+def test_blocks_compile_whole(blocks: Iterable[str], training: bool, backend: str) -> None:
+    each = Each(blocks).train(training)
+    torch.testing.assert_close(torch.compile(each, fullgraph=True, backend=backend)(X), each(X), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.integration
+def test_blocks_export_to_onnx(tmp_path: Path) -> None:
     runtime = pytest.importorskip("onnxruntime")
-    gm = with_strength(transformed(settled(Network()), block, init="identity"), 0.5).eval()
-    file = tmp_path / "network.onnx"
-    torch.onnx.export(gm, (X,), str(file), dynamo=True)
+    each = Each(BLOCKS).eval()
+    file = tmp_path / "networks.onnx"
+    torch.onnx.export(each, (X,), str(file), dynamo=True)
     session = runtime.InferenceSession(str(file))
-    (found,) = session.run(None, {session.get_inputs()[0].name: X.numpy()})
-    torch.testing.assert_close(torch.from_numpy(found), gm(X), rtol=1e-4, atol=1e-4)
+    found = session.run(None, {session.get_inputs()[0].name: X.numpy()})
+    outputs = dict(zip(BLOCKS, map(torch.from_numpy, found), strict=True))
+    torch.testing.assert_close(outputs, each(X), rtol=1e-4, atol=1e-4)
 
 
 def test_blocks_of_timm_say_what_to_install() -> None:

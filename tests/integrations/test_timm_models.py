@@ -17,7 +17,7 @@ from trained import settled
 import se_fx
 
 pytestmark = pytest.mark.integration
-X = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+X = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 NETWORKS = ["resnet18", "efficientnet_b0", "convnext_atto", "regnety_002", "mobilenetv3_small_050"]
 
 
@@ -84,21 +84,21 @@ def test_layer_decay_has_the_models_groups(name: str, insert: Callable[..., nn.M
 
 
 @pytest.mark.parametrize("name", ["repvgg_a0", "fastvit_t8", "repvit_m0_9", "repghostnet_050", "mobileone_s0"])
-@BOTH
+@pytest.mark.parametrize(("insert", "outside", "inside"), [(transformed, "residual", "norm"), (applied, "activation", "conv")])
 @torch.no_grad()
-def test_reparameterisation_keeps_blocks_outside_and_is_refused_inside(name: str, insert: Callable[..., nn.Module]) -> None:
+def test_reparameterisation_keeps_blocks_outside_and_is_refused_inside(
+    name: str, insert: Callable[..., nn.Module], outside: str, inside: str
+) -> None:
     model = network(name, num_classes=3)
-    outside = {"repvgg_a0": [], "mobileone_s0": []}.get(name, ["activation", "residual"])
-    for placement in outside:
-        full = insert(model, placement)
+    if name not in ("repvgg_a0", "mobileone_s0"):  # which have no place outside
+        full = insert(model, outside)
         assert se_fx.blocks_of(full)
         torch.testing.assert_close(reparameterize_model(full)(X), full(X), rtol=1e-4, atol=1e-4)
-    for placement in ("conv", "norm"):
-        full = insert(model, placement)
-        with pytest.raises((se_fx.SqueezeExciteError, ValueError)) as caught:
-            reparameterize_model(full)(X)
-        if name != "repvit_m0_9":  # which unpacks the children of its units
-            assert "Squeeze-and-Excitation block" in str(caught.value)
+    full = insert(model, inside)
+    with pytest.raises((se_fx.SqueezeExciteError, ValueError)) as caught:
+        reparameterize_model(full)(X)
+    if name != "repvit_m0_9":  # which unpacks the children of its units
+        assert "Squeeze-and-Excitation block" in str(caught.value)
 
 
 @BOTH
