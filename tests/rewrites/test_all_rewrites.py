@@ -133,7 +133,7 @@ STEPS = st.one_of(
 
 
 @pytest.mark.random
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True)
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True)
 @given(steps=st.lists(STEPS, min_size=2, max_size=9), sized=st.booleans(), seed=st.integers(0, 99))
 def test_random_chains(steps: list[tuple], sized: bool, seed: int) -> None:
     torch.manual_seed(seed)

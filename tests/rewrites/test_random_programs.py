@@ -86,7 +86,7 @@ def assert_as_near(found: list[Tensor], expected: list[Tensor], exact: list[Tens
 
 
 @pytest.mark.random
-@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True, database=None)
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True, database=None)
 @given(
     steps=st.lists(st.tuples(NAMES, RECENT, RECENT), min_size=2, max_size=12),
     seed=st.integers(0, 99),
