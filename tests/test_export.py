@@ -153,8 +153,13 @@ def test_aot_inductor_package_with_any_batch(tmp_path: Path) -> None:
 
 
 # ----------------------------------------------------------------------------------------------- networks of torchvision, timm
+def resnet10() -> nn.Module:
+    """torchvision's ResNet-18 with one unit in each stage."""
+    return torchvision.models.ResNet(torchvision.models.resnet.BasicBlock, [1, 1, 1, 1], num_classes=10)
+
+
 NETWORKS: dict[str, tuple[Callable[[], nn.Module], dict[str, Any]]] = {
-    "resnet18": (torchvision.models.resnet18, {"placement": "residual", "min_channels": 64}),
+    "resnet10": (resnet10, {"placement": "residual", "min_channels": 64}),
     "timm's test_resnet": (lambda: timm.create_model("test_resnet", num_classes=10), {"min_channels": 16}),
     "timm's hybrid": (hybrid, {"min_channels": 16}),
 }
@@ -185,9 +190,15 @@ def gcresnext() -> nn.Module:
     )
 
 
+def regnety() -> nn.Module:
+    """timm's regnety_002 with 7 units instead of 13."""
+    config = timm.models.regnet.model_cfgs["regnety_002"]
+    return timm.models.regnet.RegNet(dataclasses.replace(config, depth=7))
+
+
 OPTIMISED: dict[str, Callable[[], nn.Module]] = {
     "seresnet10": lambda: timm.create_model("seresnet18", layers=(1, 1, 1, 1)),
-    "regnety_002": lambda: timm.create_model("regnety_002"),
+    "regnety": regnety,
     "mobilenetv3_small_050": lambda: timm.create_model("mobilenetv3_small_050"),
     "gcresnext": gcresnext,
 }
