@@ -88,7 +88,7 @@ def test_every_placement_on_lite0_keeps_what_it_sees(lite0: nn.Module, placement
 
     gm = se_fx.transform(lite0, placement=placement, min_channels=24, latent_channels=8).eval()
     identical = se_fx.transform(lite0, placement=placement, min_channels=24, init="identity").eval()
-    x = nn.functional.avg_pool2d(torch.cat([photo(name) for name in PHOTOS]), 2)
+    x = torch.cat([photo(name) for name in list(PHOTOS)[:2]])
     for model in (gm, identical):
         fast = se_fx.optimize_for_inference(model)
         expected = model(x)
