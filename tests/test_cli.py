@@ -69,7 +69,11 @@ def test_budgets(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_suggest(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["suggest", "resnet18", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["options"] == {"min_channels": 512, "latent_channels": 64}
+    assert json.loads(capsys.readouterr().out)["options"] == {
+        "placement": "residual",
+        "min_channels": 512,
+        "latent_channels": 64,
+    }
 
 
 def test_roofline(capsys: pytest.CaptureFixture[str]) -> None:
