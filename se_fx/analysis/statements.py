@@ -8,7 +8,7 @@ import operator
 from torch import fx, nn
 
 from se_fx.analysis.calls import modules_of
-from se_fx.analysis.channels import values_of
+from se_fx.analysis.channels import Values
 from se_fx.analysis.effects import Effects
 
 __all__ = ["name_results"]
@@ -26,7 +26,7 @@ def name_results(graph: fx.Graph, root: nn.Module) -> list[tuple[fx.Node, fx.Nod
     named: list[tuple[fx.Node, fx.Node]] = []
     if not statements:
         return named
-    effects = Effects(root, modules_of(root), values_of(graph, root))
+    effects = Effects(root, modules_of(root), Values(graph, root))
     for node in statements:
         effect = effects.of(node)
         value = effect.returns
