@@ -25,7 +25,7 @@ def activation_bytes(model: nn.Module, example_inputs: Any) -> int | None:
     kept: dict[int, Tensor] = {}
 
     def keep(tensor: Tensor) -> Tensor:
-        detached = tensor.detach()  # else a result that is kept would hold what keeps it, for ever
+        detached = tensor if tensor.grad_fn is None else tensor.detach()  # a result would hold what keeps it, for ever
         kept.setdefault(tensor.untyped_storage()._cdata, detached)
         return detached
 
