@@ -18,7 +18,7 @@ same seed, which saw the same batches in the same order, with their 95 % interva
 
     apt-get install dataset-fashion-mnist
     python examples/evidence.py from-scratch blocks score --shard 1/2 &
-    python examples/evidence.py from-scratch blocks score --shard 2/2          all three: about 40 minutes on two cores
+    python examples/evidence.py from-scratch blocks score --shard 2/2          all three: an hour and a half on two cores
     python examples/evidence.py tables --plot evidence                         tables, and evidence/*.png
     python examples/evidence.py blocks --tiny                                  a first look, in seconds: digits, few steps
 """
