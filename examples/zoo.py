@@ -300,7 +300,7 @@ class Original:
             now = flat_attributes(modules[key])
             if lost := [each for each, value in self.attributes[key].items() if now.get(each, self) is not value]:
                 return f"attributes of {key} lost: {', '.join('.'.join(each) for each in lost)}"
-        return self.difference_of_runs(model)
+        return self.difference_of_runs(model, self.runs)
 
     def difference_removed(self, model: nn.Module) -> str:
         """How what `remove` makes of the model is not the original."""
@@ -312,10 +312,10 @@ class Original:
             return "keys or Parameters not as they were, removed"
         return f"{difference}, removed" if (difference := self.difference_of_runs(removed, list(self.runs)[-1:])) else ""
 
-    def difference_of_runs(self, model: nn.Module, modes: Iterable[bool] | None = None) -> str:
-        for training, expected in ((mode, self.runs[mode]) for mode in (self.runs if modes is None else modes)):
+    def difference_of_runs(self, model: nn.Module, modes: Iterable[bool]) -> str:
+        for training in modes:
             what = ("outputs", "buffers", "calls")
-            for each, found, known in zip(what, self.run_again(model, training), expected, strict=False):
+            for each, found, known in zip(what, self.run_again(model, training), self.runs[training], strict=False):
                 if not same(found, known):
                     return f"{each} differ in {'train' if training else 'eval'} mode"
         return ""

@@ -26,6 +26,7 @@ import torch
 import torchvision
 from test_copies import KINDS, WAYS, Split, X, hybrid
 from torch import Tensor, nn
+from trained import resnet10
 
 import se_fx
 
@@ -153,11 +154,6 @@ def test_aot_inductor_package_with_any_batch(tmp_path: Path) -> None:
 
 
 # ----------------------------------------------------------------------------------------------- networks of torchvision, timm
-def resnet10() -> nn.Module:
-    """torchvision's ResNet-18 with one unit in each stage."""
-    return torchvision.models.ResNet(torchvision.models.resnet.BasicBlock, [1, 1, 1, 1], num_classes=10)
-
-
 NETWORKS: dict[str, tuple[Callable[[], nn.Module], dict[str, Any]]] = {
     "resnet10": (resnet10, {"placement": "residual", "min_channels": 64}),
     "timm's test_resnet": (lambda: timm.create_model("test_resnet", num_classes=10), {"min_channels": 16}),

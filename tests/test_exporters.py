@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -12,22 +11,17 @@ import pytest
 import timm
 import torch
 import torchvision
+from pages import code_of
 from torch import Tensor, fx, nn
-from trained import settled
+from trained import resnet10, settled
 
 import se_fx
 
 pytestmark = pytest.mark.integration
 
-QUANTIZE = Path(__file__).parents[1] / "docs/quantize.md"
 TARGETS = (None, "export")
 X = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 ONE_EACH = (1, 1, 1, 1)  # units in the stages of a ResNet
-
-
-def resnet10() -> nn.Module:
-    """torchvision's ResNet-18 with one unit in each stage."""
-    return torchvision.models.ResNet(torchvision.models.resnet.BasicBlock, list(ONE_EACH), num_classes=10)
 
 
 def network(name: str) -> nn.Module:
@@ -70,11 +64,10 @@ def pt2e(model: nn.Module, quantizer: Any) -> tuple[int, float]:
 def test_the_page_on_quantizing() -> None:
     """Its code as it stands; the result is near the model, as far as eight bits go."""
     pytest.importorskip("torchao")
-    (code,) = re.findall(r"^```\{code-block\} python\n(.*?)^```$", QUANTIZE.read_text("utf-8"), re.MULTILINE | re.DOTALL)
     names: dict[str, Any] = {}
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        exec(code, names)
+        exec(code_of("quantize.md", {}), names)
         assert noise(names["quantized"](names["x"]), names["model"](names["x"])) > 15  # dB
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 import functools
 import os
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +17,7 @@ from typing import Any
 import pytest
 import timm
 import torch
+from pages import code_of
 from torch import nn
 
 import se_fx
@@ -25,16 +25,6 @@ import se_fx
 pytestmark = pytest.mark.integration
 OPTIONS: dict[str, Any] = {"latent_channels": 1 / 4, "min_channels": 1, "placement": "residual", "init": "identity"}
 ROOT = Path(__file__).parents[2]
-
-
-def code_of(page: str, replaced: dict[str, str], number: int = 0) -> str:
-    """A page's code, the block of this number, with something else for what it downloads."""
-    text = (ROOT / "docs" / page).read_text("utf-8")
-    code = re.findall(r"^```\{code-block\} python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)[number]
-    for old, new in replaced.items():
-        assert code.count(old) == 1, f"{page} has no {old} any more, or several"
-        code = code.replace(old, new)
-    return str(code)
 
 
 @pytest.fixture
