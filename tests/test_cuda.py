@@ -38,14 +38,11 @@ EXACT = pytest.mark.usefixtures("exact")
 @pytest.fixture
 def exact() -> Iterator[None]:
     """Float32 is float32, and kernels are the same each time."""
-    backends = torch.backends.cudnn, torch.backends.cuda.matmul
-    before = [backend.allow_tf32 for backend in backends]
+    precision = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
     with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
-        for backend in backends:
-            backend.allow_tf32 = False
         yield
-    for backend, value in zip(backends, before, strict=True):
-        backend.allow_tf32 = value
+    torch.set_float32_matmul_precision(precision)
 
 
 def images(batch: int = 4, size: int = 64) -> Tensor:
