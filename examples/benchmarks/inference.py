@@ -11,7 +11,8 @@ A group, at a dtype and a batch size, is one run of `se_fx.bench`, printed as on
 changing order, and ratios are those of a round. *Overhead left* is the share of SE's overhead that optimizing leaves: the
 ratio of optimized to plain, less 1, over the ratio of unoptimized to plain, less 1. Compiled is `torch.compile` with Inductor's
 freezing; all is in memory format channels_last. Weights are random, and statistics of batch norms are those of random images.
-Without --networks, plain is optimized too: what that changes has nothing to do with SE.
+Without --networks, plain is optimized too: what that changes has nothing to do with SE. With --backend, each network with SE is
+also compiled as it is by ``torch.compile(model, backend="se_fx")``.
 
     python examples/benchmarks/inference.py                                                # everything: hours
     python examples/benchmarks/inference.py --models resnet50 --networks seresnet50 --batch-sizes 1 8 --modes compiled
@@ -45,6 +46,7 @@ import se_fx
 SIZE = 224
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 OPTIMIZED = ", optimized"
+BY_BACKEND = ", backend se_fx"
 HEADERS = ["model", "mode", "median, ms", "IQR, ms", "to unoptimized", "IQR", "to plain", "IQR", "overhead left"]
 
 
@@ -144,7 +146,7 @@ def against(result: se_fx.Benchmark) -> list[list[str]]:
     rows = {(row.model, row.mode): row for row in result.rows}
     cells = []
     for (name, mode), row in rows.items():
-        before = rows[name.removesuffix(OPTIMIZED), mode]
+        before = rows[name.removesuffix(OPTIMIZED).removesuffix(BY_BACKEND), mode]
         itself = ratio(row.against(before)) if row is not before else ["", ""]
         overhead = before.ratio - 1
         left = f"{(row.ratio - 1) / overhead:.0%}" if row is not before and overhead > 0 else ""
@@ -167,6 +169,7 @@ def main() -> None:
     add("--batch-sizes", type=int, nargs="+", default=[1, 8, 32], metavar="N", help="images in a call (default: 1 8 32)")
     add("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES), help="of weights and images (default: both)")
     add("--modes", nargs="+", choices=modes, default=list(modes), help="how models are called (default: both)")
+    add("--backend", action="store_true", help="compile networks with SE also by backend se_fx")
     add("--rounds", type=int, default=31, metavar="N", help="timings of each model (default: 31)")
     add("--min-seconds", type=float, default=0.3, metavar="S", help=seconds)
     add("--device", default="cpu", metavar="NAME", help="such as cpu or cuda (default: cpu)")
@@ -182,10 +185,14 @@ def main() -> None:
         bar.set_description(title)
         inputs = torch.randn(batch_size, 3, SIZE, SIZE).to(arguments.device, DTYPES[dtype], memory_format=torch.channels_last)
         models, differences = prepared(group, arguments.networks, inputs)
+        if arguments.backend and "compiled" in arguments.modes:
+            names = [name.removesuffix(OPTIMIZED) for name in models if name.endswith(OPTIMIZED)]
+            models |= {name + BY_BACKEND: models[name] for name in names}
         result = se_fx.bench(
             models,
             inputs,
             batch_sizes=(batch_size,),
+            backend={name: "se_fx" for name in models if name.endswith(BY_BACKEND)},
             compiled="both" if len(set(arguments.modes)) == 2 else "compiled" in arguments.modes,
             freezing="compiled" in arguments.modes,
             channels_last=True,

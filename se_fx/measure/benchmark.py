@@ -43,6 +43,7 @@ def bench(
     *,
     batch_sizes: Sequence[int] = (1,),
     compiled: bool | str = False,
+    backend: str | Mapping[str, str] = "inductor",
     freezing: bool = False,
     training: bool = False,
     channels_last: bool = False,
@@ -70,6 +71,8 @@ def bench(
             tensor is the batch; its samples are repeated. Tensors on the meta device are filled with random numbers.
         batch_sizes: numbers of samples in a call, each measured for itself.
         compiled: False: as they are; True: under `torch.compile`, anew for each batch size; "both": either way.
+        backend: of `torch.compile`: ``"inductor"``, ``"se_fx"`` or another one's name; a mapping has those of some models, by
+            name, and Inductor is for the rest.
         freezing: compile with Inductor's `freezing`, which takes the weights for constants: it folds batch norms into
             convs, and packs weights as the kernels like them. For inference only. Code that was compiled without would be
             used again, so `torch.compiler.reset` is called before and after: whatever else is compiled, compiles anew.
@@ -95,6 +98,7 @@ def bench(
     _check(batch_sizes, rounds, min_seconds, dtype, autocast)
     _check_modes(compiled, freezing, training, channels_last)
     named = _named(models, training)
+    backends = _backends(backend, named, bool(compiled))
     call, where, modes = as_call(example_inputs), _device(named, device), MODES[compiled]
     rows: list[Row] = []
     ticks = len(batch_sizes) * len(named) * len(modes) * (rounds + 1)
@@ -102,7 +106,7 @@ def bench(
     with _surroundings(where, "compiled" in modes, freezing), progress_bar("bench", "timing", ticks, progress) as tick:
         copies = {name: _copied(name, model, form).train(training) for name, model in named.items()}
         runs = {
-            (name, mode): cast("nn.Module", torch.compile(model, dynamic=False)) if mode == "compiled" else model
+            (name, mode): _compiled(model, backends[name]) if mode == "compiled" else model
             for mode in modes
             for name, model in copies.items()
         }
@@ -225,6 +229,10 @@ def _copied(name: str, model: nn.Module, form: _Form) -> nn.Module:
         raise SqueezeExciteError(f"models[{name!r}]: can't be copied to {form.device}. {reason_of(error)}") from error
 
 
+def _compiled(model: nn.Module, backend: str) -> nn.Module:
+    return cast("nn.Module", torch.compile(model, dynamic=False, backend=backend))
+
+
 def _batch(call: Call, batch_size: int, form: _Form) -> Call:
     """A call with `batch_size` samples, those of `call` over and over."""
 
@@ -300,6 +308,22 @@ def _named(models: Any, training: bool = False) -> dict[str, nn.Module]:
         if not isinstance(name, str) or not isinstance(model, nn.Module):
             raise SqueezeExciteError(f"models: {name!r} is of type {type(model).__name__}; {expected}")
     return dict(models)
+
+
+def _backends(backend: Any, models: Mapping[str, nn.Module], compiles: bool) -> dict[str, str]:
+    """The backend of each model."""
+    given = dict(backend) if isinstance(backend, Mapping) else dict.fromkeys(models, backend)
+    if not compiles and set(map(shown, given.values())) <= {shown("inductor")}:
+        return given
+    known = torch.compiler.list_backends(exclude_tags=())
+    for name, each in given.items():
+        if name not in models:
+            raise SqueezeExciteError(f"backend: {shown(name)} is not among the models, {list(models)}")
+        if not isinstance(each, str) or each not in known:
+            raise SqueezeExciteError(f"backend={shown(each)}: expected one of {known}, or a mapping of models' names to these")
+        if not compiles:
+            raise SqueezeExciteError(f'backend={shown(each)}: compiles models; pass compiled=True or "both"')
+    return {name: given.get(name, "inductor") for name in models}
 
 
 def _device(models: Mapping[str, nn.Module], device: Any) -> torch.device:

@@ -4,7 +4,8 @@ Models are captured more finely than for insertion, their graphs rewritten, and 
 rewrites work.
 """
 
+from se_fx.optimize.backend import inductor_behind_rewrites
 from se_fx.optimize.inference import optimize_for_inference
 from se_fx.optimize.training import optimize_for_training
 
-__all__ = ["optimize_for_inference", "optimize_for_training"]
+__all__ = ["inductor_behind_rewrites", "optimize_for_inference", "optimize_for_training"]

@@ -19,7 +19,7 @@ from se_fx.planning import take_plans
 from se_fx.regions import EXCITE, GraphRegion, add_constants, clone, copied, own_class, restore_code, run_graphs, view
 from se_fx.rewrites import REWRITES, Algebra, Change, Optimization, Rewrite, Step, give_optimization, optimization_of
 
-__all__ = ["optimize_for_inference"]
+__all__ = ["optimize_for_inference", "without_autocast"]
 
 
 def optimize_for_inference(
@@ -72,7 +72,7 @@ def optimize_for_inference(
     if isinstance(model, nn.Module) and optimization_of(model) is not None:
         return clone(model)
     # Tensors made under inference_mode can't be used outside it, and autocast rounds.
-    with torch.inference_mode(False), collector_paused(), _without_autocast():
+    with torch.inference_mode(False), collector_paused(), without_autocast():
         captured = capture(model, finely=True)
         return _optimized(captured, chosen, example_inputs, exported=target == "export")
 
@@ -131,7 +131,7 @@ def _rewritten(rewrite: Rewrite, algebra: Algebra, path: str) -> list[Change]:
 
 
 @contextlib.contextmanager
-def _without_autocast() -> Iterator[None]:
+def without_autocast() -> Iterator[None]:
     """Within, no device casts."""
     with contextlib.ExitStack() as stack:
         for device in ("cpu", "cuda", "mps", "xpu"):

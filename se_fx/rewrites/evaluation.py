@@ -47,12 +47,12 @@ class Evaluation:
         attributes = [each for each in way or () if each.op == "get_attr"]
         if way is None or self._is_written(way):
             return None
-        if any(isinstance(t, Tensor) and self.is_changed(t) for t in map(self._attribute, attributes)):
+        if any(isinstance(t, Tensor) and self.is_changed(t) for t in map(self.attribute, attributes)):
             return None
         found = self.run(way, {})
         return found.detach() if isinstance(found, Tensor) else None
 
-    def _attribute(self, node: fx.Node) -> Any:
+    def attribute(self, node: fx.Node) -> Any:
         return operator.attrgetter(str(node.target))(self.module)
 
     def is_changed(self, tensor: Tensor) -> bool:
@@ -66,7 +66,7 @@ class Evaluation:
             modules = dict(self.module.named_modules(remove_duplicate=False))
             for node in self.module.graph.nodes:
                 if node.op == "get_attr" and self._is_written([node]):
-                    found = self._attribute(node)
+                    found = self.attribute(node)
                     self._places |= {_place(found)} if isinstance(found, Tensor) else set()
                 elif node.op == "call_module" and self.effects.of(node).remembers:
                     module = modules[str(node.target)]
