@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch._dynamo.backends.debugging import aot_eager
 from torch._dynamo.utils import counters
+from torch.utils._pytree import tree_leaves
 from torchvision.ops import SqueezeExcitation
 from trained import applied, assert_close, settled
 
@@ -288,6 +289,51 @@ def test_parts_of_a_program_and_no_more_breaks_than_inductors(rewritten: list[in
         breaks[backend] = sum(counters["graph_break"].values())
     assert breaks["se_fx"] == breaks["inductor"] == 1
     assert sorted(rewritten)[-1] >= 4
+
+
+def of_transformers(kind: str, **sizes: Any) -> nn.Module:
+    transformers = pytest.importorskip("transformers")
+    config = getattr(transformers, f"{kind.partition('For')[0]}Config")
+    return getattr(transformers, kind)(config(**sizes))
+
+
+def detector() -> nn.Module:
+    return pytest.importorskip("ultralytics.nn.tasks").DetectionModel("yolov8n.yaml", verbose=False)
+
+
+ELSEWHERE = {
+    "mobilenet_v2": lambda: of_transformers(
+        "MobileNetV2ForImageClassification", depth_multiplier=0.35, finegrained_output=False
+    ),
+    "segformer": lambda: of_transformers("SegformerForSemanticSegmentation", hidden_sizes=[8, 16, 24, 32], depths=[1, 1, 1, 1]),
+    "yolov8n": detector,
+}
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize("name", ELSEWHERE)
+@pytest.mark.usefixtures("quick")
+@torch.no_grad()
+def test_with_blocks_in_networks_that_fx_cannot_trace(name: str, rewritten: list[int]) -> None:
+    """As close as the compiler alone, and in as many graphs."""
+    torch.manual_seed(0)
+    model = ELSEWHERE[name]()
+    se_fx.apply_squeeze_excite(model, 1 / 4, 8, placement="conv" if name == "segformer" else "activation")
+    model, x = settled(model), torch.rand(2, 3, 64, 64)
+    expected, graphs = leaves(model(x)), {}
+    for backend in ("aot_eager", "se_fx"):
+        torch.compiler.reset()
+        counters.clear()
+        options = {"options": FROZEN} if backend == "se_fx" else {}
+        for ours, theirs in zip(leaves(torch.compile(model, backend=backend, **options)(x)), expected, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)
+        graphs[backend] = (counters["stats"]["unique_graphs"], sum(counters["graph_break"].values()))
+    assert graphs["se_fx"] == graphs["aot_eager"]
+    assert sum(rewritten) > len(se_fx.blocks_of(model))
+
+
+def leaves(output: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(dict(output) if isinstance(output, dict) else output) if isinstance(leaf, Tensor)]
 
 
 class Counting(nn.Module):

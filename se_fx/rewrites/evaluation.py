@@ -53,6 +53,7 @@ class Evaluation:
         return found.detach() if isinstance(found, Tensor) else None
 
     def attribute(self, node: fx.Node) -> Any:
+        """What a node that reads an attribute of the module yields."""
         return operator.attrgetter(str(node.target))(self.module)
 
     def is_changed(self, tensor: Tensor) -> bool:
