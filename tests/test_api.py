@@ -92,9 +92,10 @@ apply_squeeze_excite(model: nn.Module, latent_channels: float = 64, min_channels
         | BlockFactory | None = None, where: Where = None, stages: Stages = None, necks: bool | None = None, overrides:
         Overrides = None, seed: int | None = None, **criteria: Any)
 bench(models: Mapping[str, nn.Module] | nn.Module, example_inputs: Any = None, *, batch_sizes: Sequence[int] = (1,),
-        compiled: bool | str = False, freezing: bool = False, training: bool = False, channels_last: bool = False,
-        dtype: torch.dtype | None = None, autocast: torch.dtype | None = None, device: torch.device | str | None = None,
-        rounds: int = 15, min_seconds: float = 0.05, progress: bool = True) -> Benchmark
+        compiled: bool | str = False, backend: str | Mapping[str, str] = 'inductor', freezing: bool = False, training:
+        bool = False, channels_last: bool = False, dtype: torch.dtype | None = None, autocast: torch.dtype | None =
+        None, device: torch.device | str | None = None, rounds: int = 15, min_seconds: float = 0.05, progress: bool =
+        True) -> Benchmark
 blocks_of(rewritten: nn.Module) -> dict[str, nn.Module]
 bypassed(rewritten: nn.Module) -> Iterator[None]
 fold_gates(rewritten: nn.Module, profile: GateProfile, tolerance: float = 0.02, *, held_out: Iterable[Any] | None =

@@ -342,6 +342,14 @@ ROWS: list[Row] = [
     *rows("bench", "compiled", *((value, 'expected False, True or "both"') for value in ("maybe", None, 1, torch.ones(2), []))),
     *rows(
         "bench",
+        "backend",
+        *((value, "expected a backend of torch.compile") for value in ("no_such", None, 3, "", nn, {"a": "no_such"}, {"a": 3})),
+    ),
+    *rows(
+        "bench", "backend", ({"b": "eager"}, "'b' is not among the models, ['a']"), ("eager", 'pass compiled=True or "both"')
+    ),
+    *rows(
+        "bench",
         "freezing",
         *NO_FLAGS,
         (True, 'freezes weights in compiled code; pass compiled=True or "both"'),

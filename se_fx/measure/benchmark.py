@@ -320,7 +320,10 @@ def _backends(backend: Any, models: Mapping[str, nn.Module], compiles: bool) -> 
         if name not in models:
             raise SqueezeExciteError(f"backend: {shown(name)} is not among the models, {list(models)}")
         if not isinstance(each, str) or each not in known:
-            raise SqueezeExciteError(f"backend={shown(each)}: expected one of {known}, or a mapping of models' names to these")
+            raise SqueezeExciteError(
+                f"backend={shown(each)}: expected a backend of torch.compile, such as 'inductor', "
+                "or a mapping of models' names to backends"
+            )
         if not compiles:
             raise SqueezeExciteError(f'backend={shown(each)}: compiles models; pass compiled=True or "both"')
     return {name: given.get(name, "inductor") for name in models}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx, nn
@@ -43,10 +43,11 @@ def inductor_behind_rewrites(
     from torch._inductor import config, list_mode_options  # seconds, and not needed by who doesn't compile
     from torch._inductor.compile_fx import compile_fx
 
+    compiler = cast("Callable[..., Callable[..., Any]]", compile_fx)
     patches = {**(list_mode_options(mode) if mode else {}), **(options or {})}
     is_frozen = patches.get("freezing", config.freezing) and not torch.is_grad_enabled()
     if not is_frozen or _switches_modes(graph_module.graph):
-        return compile_fx(graph_module, list(example_inputs), config_patches=patches)
+        return compiler(graph_module, list(example_inputs), config_patches=patches)
     with torch.inference_mode(False), torch.no_grad(), collector_paused(), without_autocast():
         algebra, inputs = _frozen(graph_module, example_inputs)
         attributes = [algebra.evaluation.attribute(node) for node in algebra.graph.nodes if node.op == "get_attr"]
@@ -57,7 +58,7 @@ def inductor_behind_rewrites(
     optimization, size = Optimization("a graph", steps), len(graph_module.graph.nodes)
     _logger.info("backend se_fx: a graph of %d nodes, rewritten in %d places", size, optimization.count())
     _logger.debug("%s", optimization)
-    compiled = compile_fx(algebra.module, [example_inputs[place] for place in inputs], config_patches=patches)
+    compiled = compiler(algebra.module, [example_inputs[place] for place in inputs], config_patches=patches)
     return _watched(compiled, graph_module, inputs, example_inputs, constants)
 
 
@@ -119,7 +120,7 @@ def _note_sizes(graph: fx.Graph) -> None:
 
 def _expected(size: int | torch.SymInt) -> int:
     """A size, or what it is at the first call."""
-    return size if isinstance(size, int) else size.node.hint or 0
+    return size if isinstance(size, int) else int(size.node.hint or 0)
 
 
 def _watched(

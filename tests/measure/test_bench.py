@@ -166,10 +166,23 @@ def test_compiled_models_have_rows_and_ratios_of_their_own() -> None:
     assert result.rows[3].ratios == tuple(b / a for a, b in zip(compiled.seconds, result.rows[3].seconds, strict=True))
 
 
+def test_backends_are_those_asked_for(cnn: nn.Sequential, monkeypatch: pytest.MonkeyPatch) -> None:
+    compile_, used = torch.compile, []
+
+    def noted(model: nn.Module, *, backend: str, **options: Any) -> Any:
+        used.append(backend)
+        return compile_(model, backend="eager", **options)
+
+    monkeypatch.setattr(torch, "compile", noted)
+    for backend in ("aot_eager", {"b": "se_fx"}, {}):
+        bench({"a": cnn, "b": cnn}, X, compiled=True, backend=backend, **QUICK)
+    assert used == ["aot_eager", "aot_eager", "inductor", "se_fx", "inductor", "inductor"]
+
+
 def test_every_batch_size_is_compiled_beyond_the_limit_of_recompilations(monkeypatch: pytest.MonkeyPatch) -> None:
     torch._dynamo.reset()
     counter, compile_ = CompileCounter(), torch.compile
-    monkeypatch.setattr(torch, "compile", lambda model, **options: compile_(model, backend=counter, **options))
+    monkeypatch.setattr(torch, "compile", lambda model, **options: compile_(model, **(options | {"backend": counter})))
     limit = 8  # PyTorch's default, which others change: importing timm.optim sets a million
     sizes = range(2, 2 + limit + 2)
     with torch._dynamo.config.patch(recompile_limit=limit):
