@@ -23,6 +23,7 @@ from se_fx.planning import (
     check_alone,
     choose,
     costed,
+    excerpt_of,
     fit,
     give_plan,
     take_plans,
@@ -224,6 +225,7 @@ def report(rewritten: nn.Module, example_inputs: Any = None) -> Report | Optimiz
         uncounted=tuple(everything.uncounted.most_common()),
         activation_bytes=kept,
         activation_bytes_optimized=least,
+        excerpt=() if example_inputs is None else excerpt_of(rewritten),
         operators=tuple(everything.operators),
     )
 

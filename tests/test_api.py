@@ -61,7 +61,7 @@ Plan: sites: tuple[Site, ...], skipped: tuple[Skip, ...] = (), opaque: tuple[tup
 Report: model: str, sites: tuple[Site, ...], skipped: tuple[Skip, ...], base: Cost, added: Cost, measured: bool = False,
         opaque: tuple[tuple[str, str], ...] = (), alone: tuple[str, ...] = (), regions: tuple[str, ...] = (), uncounted:
         tuple[tuple[str, int], ...] = (), activation_bytes: tuple[int, int] | None = None, activation_bytes_optimized:
-        int | None = None, operators: tuple[Operator, ...] = ()
+        int | None = None, excerpt: tuple[Part, ...] = (), operators: tuple[Operator, ...] = ()
     Report.to_dict() -> dict[str, Any]
     Report.to_html(path: str | os.PathLike[str])
     Report.estimate(machine: Machine) -> Estimate

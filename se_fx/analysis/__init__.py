@@ -6,7 +6,7 @@ what a neck. Graphs are read, or run on meta tensors; nothing is edited. Knows n
 
 from se_fx.analysis.calls import Modules, arguments, called, is_plain, modules_of, on_meta, runs_pytorch
 from se_fx.analysis.channels import Values, channels, values_of
-from se_fx.analysis.dataflow import ADDS, PRODUCTS, attention_convs
+from se_fx.analysis.dataflow import ADDS, PRODUCTS, attention_convs, inserted, live
 from se_fx.analysis.effects import Effects
 from se_fx.analysis.flow import conv_flow
 from se_fx.analysis.memo import remembering
@@ -27,8 +27,10 @@ __all__ = [
     "called",
     "channels",
     "conv_flow",
+    "inserted",
     "is_nonlinear",
     "is_plain",
+    "live",
     "modules_of",
     "name_results",
     "neck_convs",

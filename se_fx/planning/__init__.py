@@ -4,6 +4,7 @@ A plan is plain data. Knows nothing of how blocks are inserted, nor how reports 
 """
 
 from se_fx.planning.choosing import check_alone, choose, fit
+from se_fx.planning.excerpt import Part, excerpt_of
 from se_fx.planning.options import BlockFactory, Function, Options, Overrides
 from se_fx.planning.plan import Plan, costed, give_plan, plan_of, take_plans
 from se_fx.planning.site import Site, Skip
@@ -14,12 +15,14 @@ __all__ = [
     "Function",
     "Options",
     "Overrides",
+    "Part",
     "Plan",
     "Site",
     "Skip",
     "check_alone",
     "choose",
     "costed",
+    "excerpt_of",
     "fit",
     "give_plan",
     "percent",

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -16,7 +16,7 @@ from xml.etree import ElementTree
 
 from se_fx.errors import SqueezeExciteError
 from se_fx.names import stages
-from se_fx.planning import Site
+from se_fx.planning import Part, Site
 from se_fx.report.facts import Facts
 from se_fx.report.stages import columns, in_order
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.text import Text
 
-__all__ = ["costs", "network"]
+__all__ = ["costs", "network", "unit"]
 
 _INK, _MUTED, _LINE, _PANEL, _PLAIN, _ACCENT, _SECOND = _COLOURS = [f"#01010{i}" for i in range(1, 8)]
 _PROPERTIES = dict(zip(_COLOURS, ("ink", "muted", "line", "panel", "plain", "accent", "second"), strict=True))
@@ -203,6 +203,72 @@ def _rounded(value: float, unit: str) -> str:
 
 def _told(value: float) -> str:
     return f"{value:.3g}" if isinstance(value, float) else f"{value:,}"
+
+
+# -------------------------------------------------------------------------------------------------------------------- unit
+_STEP, _HIGH, _WIDE, _ASIDE, _LANE, _RADIUS = 38, 26, 316, 500, 34, 11
+_SIGNS = {"add": "+", "mul": "\N{MULTIPLICATION SIGN}", "cat": "cat"}
+
+
+def unit(report: Facts) -> str:
+    """An excerpt of the graph: one step below the other, blocks filled, and what is not on the longest way beside it.
+
+    Raises:
+        SqueezeExciteError: matplotlib isn't installed.
+    """
+    parts = report.excerpt
+    main = _longest_way(parts)
+    columns = 1 + _WIDE / 2, 1 + _ASIDE
+    centres = [(columns[place not in main], _STEP * (place + 0.5)) for place in range(len(parts))]
+    ways = [(source, place) for place, part in enumerate(parts) for source in part.reads]
+    lanes = sorted((way for way in ways if _passes(way, main)), key=lambda way: way[0] - way[1])  # the longest outside
+    width, height = 1 + _ASIDE + _WIDE // 2 + 30, _STEP * len(parts)
+    with _matplotlib():
+        drawing = _Drawing(width, height)
+        axes = drawing.figure.add_axes((0, 0, 1, 1), xlim=(0, width), ylim=(height, 0))
+        axes.set_axis_off()
+        for way in ways:
+            (x, y), (to_x, to_y) = (centres[place] for place in way)
+            aside = columns[1] - _LANE * lanes.index(way) if way in lanes else max(x, to_x)
+            bends = [(x, y), (aside, y), (aside, to_y), (to_x, to_y)]
+            axes.plot(*zip(*bends, strict=True), color=_MUTED, lw=1.4, zorder=0, clip_on=False)
+        for part, centre in zip(parts, centres, strict=True):
+            _step(part, drawing, axes, centre)
+        return drawing.svg(f"A part of the graph of {report.model}, with {sum(part.block for part in parts)} of its blocks")
+
+
+def _longest_way(parts: Sequence[Part]) -> set[int]:
+    """The places on the longest way to the last part."""
+    ways: list[list[int]] = []
+    for place, part in enumerate(parts):
+        ways.append([*max((ways[source] for source in part.reads), key=len, default=[]), place])
+    return set(ways[-1])
+
+
+def _passes(way: tuple[int, int], main: set[int]) -> bool:
+    """Whether a way within the longest one leads past some of its steps."""
+    return main.issuperset(way) and any(way[0] < place < way[1] for place in main)
+
+
+def _step(part: Part, drawing: _Drawing, axes: Axes, centre: tuple[float, float]) -> None:
+    from matplotlib.patches import Circle, FancyBboxPatch
+
+    x, y = centre
+    if not part.name:
+        axes.add_patch(Circle(centre, 4, fc=_MUTED, ec=_MUTED, clip_on=False))
+        return
+    if not part.kind and part.name in _SIGNS:
+        axes.add_patch(Circle(centre, _RADIUS, fc=_PLAIN, ec=_MUTED, clip_on=False))
+        axes.text(x, y, _SIGNS[part.name], color=_INK, fontsize=_NORMAL, ha="center", va="center")
+        return
+    rounded, corner = "round,pad=0,rounding_size=5", (x - _WIDE / 2, y - _HIGH / 2)
+    fill, edge, lw = (_PANEL, _ACCENT, 2.0) if part.block else (_PANEL, _LINE, 1.0)
+    box = FancyBboxPatch(corner, _WIDE, _HIGH, rounded, fc=fill, ec=edge, lw=lw, clip_on=False)
+    drawing.title(axes.add_patch(box), " ".join((part.name, part.kind)).strip())
+    ink = _ACCENT if part.block else _INK
+    drawing.name(axes.text(x - _WIDE / 2 + 10, y, "", color=ink, fontsize=_SMALL, va="center"), part.name, 30)
+    kind = axes.text(x + _WIDE / 2 - 10, y, "", color=_MUTED, fontsize=_SMALL, ha="right", va="center")
+    drawing.name(kind, part.kind, 18)
 
 
 # ----------------------------------------------------------------------------------------------------------------- drawing

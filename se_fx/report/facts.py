@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from se_fx.cost import Cost, Operator
-from se_fx.planning import Site, Skip
+from se_fx.planning import Part, Site, Skip
 
 __all__ = ["Facts", "by_reason"]
 
@@ -27,6 +27,7 @@ class Facts:
     uncounted: tuple[tuple[str, int], ...] = ()
     activation_bytes: tuple[int, int] | None = None
     activation_bytes_optimized: int | None = None
+    excerpt: tuple[Part, ...] = field(default=(), repr=False, compare=False)
     operators: tuple[Operator, ...] = field(default=(), repr=False, compare=False)
 
 

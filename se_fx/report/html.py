@@ -55,6 +55,7 @@ def _content(report: Facts) -> dict[str, Any]:
         "headline": f"{len(report.sites) or 'no'} Squeeze-and-Excitation block{'s' * (len(report.sites) != 1)} inserted",
         "cards": _cards(report),
         "network": Markup(charts.network(report)),
+        "unit": Markup(charts.unit(report)) if report.excerpt else None,
         "costs": Markup(charts.costs(report)) if report.sites else None,
         "columns": _columns(report),
         "unreached": [site.name for site in report.sites if report.measured and site.spatial is None],

@@ -58,6 +58,8 @@ class Report(Facts):
         activation_bytes: bytes that autograd keeps for backward in training, in the original model and with the blocks; None
             without example inputs, or where the model can't be called with these in training mode.
         activation_bytes_optimized: and with the blocks, optimised by `optimize_for_training`; None as above.
+        excerpt: the first residual unit with a block, or what is around the first block, step by step; empty without example
+            inputs, or where no graph has a block.
         operators: all operators that ran, for `estimate`.
     """
 

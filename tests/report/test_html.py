@@ -93,9 +93,20 @@ def test_memory_kept_for_training_has_a_card_where_it_is_known() -> None:
     assert "Activation bytes" not in html.render(dataclasses.replace(known, activation_bytes=None))
 
 
+def test_a_unit_is_drawn_with_its_block() -> None:
+    drawing = re.findall(r"<svg.*?</svg>", html.render(resnet50()), re.DOTALL)[1]
+    page = Page(drawing)
+    assert page.texts["title"][8] == "layer1.0.squeeze_excite.of_conv3 SqueezeExcite2d"
+    assert page.texts["title"][9:11] == ["layer1.0.downsample.0 Conv2d", "layer1.0.downsample.1 BatchNorm2d"]
+    assert "+" in page.texts["text"]
+    assert page.all("svg")[0]["aria-label"] == "A part of the graph of ResNet, with 1 of its blocks"
+    assert drawing.count("var(--accent)") == 2  # the block's edge and name
+    assert "A block in its place" not in html.render(dataclasses.replace(resnet50(), excerpt=()))
+
+
 def test_the_drawing_has_a_cell_for_each_conv_and_says_what_a_block_costs() -> None:
     report = resnet50()
-    drawing, bars = re.findall(r"<svg.*?</svg>", html.render(report), re.DOTALL)
+    drawing, _, bars = re.findall(r"<svg.*?</svg>", html.render(report), re.DOTALL)
     titles = Page(drawing).texts["title"]
     assert len(titles) == 53
     site = report.sites[0]
