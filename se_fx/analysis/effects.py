@@ -10,7 +10,7 @@ is certain everywhere here, and "yes" means "may".
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,6 +35,7 @@ class Effect:
         remembers: whether anything else may change: a buffer, or the state of random numbers.
         known: whether all this is known, and not only to be feared.
         wrote: the inputs that it was seen to write to, and all where it couldn't be run: what is likely, even of unknown code.
+        shared: the inputs whose memory its result was seen in, and all where it couldn't be run.
         pointwise: whether each element of the result is computed from the same elements of the inputs alone.
         computes: the operators it consists of, other than those that give elements as they are, in another order or shape.
         reads: the inputs whose elements matter to it, as opposed to their sizes, types and places.
@@ -50,6 +51,7 @@ class Effect:
     computes: frozenset[Any] = frozenset()
     reads: frozenset[fx.Node] = frozenset()
     wrote: frozenset[fx.Node] = frozenset()
+    shared: frozenset[fx.Node] = frozenset()
 
 
 class Effects:
@@ -86,8 +88,8 @@ class Effects:
         seen = observe(node, self._root, {source: self._values.of(source) for source in inputs}) if may_run else None
         everything = frozenset(inputs)
         if seen is None or not known:
-            wrote = frozenset(seen.writes) if seen is not None else everything
-            return Effect(everything, everything, reads=everything, wrote=wrote)
+            wrote, shared = (frozenset(seen.writes), frozenset(seen.aliases)) if seen is not None else (everything, everything)
+            return Effect(everything, everything, reads=everything, wrote=wrote, shared=shared)
         return Effect(
             frozenset(seen.aliases),
             frozenset(seen.writes),
@@ -99,6 +101,7 @@ class Effects:
             computes=frozenset(seen.computes),
             reads=frozenset(seen.reads | seen.aliases | seen.writes),
             wrote=frozenset(seen.writes),
+            shared=frozenset(seen.aliases),
         )
 
     def names(self, value: fx.Node, without: fx.Node | None = None) -> set[fx.Node]:
@@ -141,6 +144,30 @@ class Effects:
         """The nodes that may write to the memory of `value`, under any of its names."""
         for name in self.names(value):
             yield from (user for user in name.users if name in self.of(user).writes)
+
+    def may_be_given_a_copy(self, value: fx.Node, readers: Collection[fx.Node]) -> bool:
+        """Whether some readers of a value could read a copy, made before the first of them, and nobody would see that.
+
+        They would if either side was seen to write to the memory, under any name, and the other to read it afterwards; what
+        only unknown code may do is left aside.
+        """
+        ours, theirs = (
+            list(self._seen_to_use(value, users)) for users in (readers, [user for user in value.users if user not in readers])
+        )
+        if any(writes for _, writes in ours):
+            return False
+        return not any(writes and min(readers) < user < reader for user, writes in theirs for reader, _ in ours)
+
+    def _seen_to_use(self, value: fx.Node, users: Iterable[fx.Node]) -> Iterator[tuple[fx.Node, bool]]:
+        """These users of a value and those of the names that they give it; whether each was seen to write to it."""
+        seen, open_ends = set(), [(value, user) for user in users]
+        while open_ends:
+            name, user = open_ends.pop()
+            if (name, user) not in seen:
+                seen.add((name, user))
+                effect = self.of(user)
+                yield user, name in effect.wrote
+                open_ends += [(user, other) for other in user.users] if name in effect.shared else []
 
     def is_forgotten(self, value: fx.Node, last: fx.Node) -> bool:
         """Whether nobody reads or writes the memory of `value` after `last`, which reads it, other than by its result."""

@@ -27,7 +27,7 @@ def pre(graph: fx.Graph, root: nn.Module) -> Iterator[Spot]:
             readers = frozenset(user for user in unit.start.users if user in unit.branch)
             width = unit.start_channels or _width_read(readers, modules)
             # Changed in place, the plain value would reach the shortcut changed; scaled, unchanged.
-            if width is not None and not any(unit.start in effects.of(reader).wrote for reader in readers):
+            if width is not None and effects.may_be_given_a_copy(unit.start, readers):
                 yield Spot(unit.conv, width, (unit.start,), readers)
 
     return _one_per_conv(spots())
@@ -50,7 +50,7 @@ def identity(graph: fx.Graph, root: nn.Module) -> Iterator[Spot]:
         Spot(unit.conv, unit.channels, (unit.shortcut,), frozenset({unit.add}))
         for unit in residual_units(graph, root)
         # Added to in place, the value itself must hold the sum, if anyone reads it later.
-        if unit.shortcut not in effects.of(unit.add).wrote
+        if effects.may_be_given_a_copy(unit.shortcut, {unit.add})
     )
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +13,7 @@ from torch import Tensor, nn
 from units import UNITS, Doubled, Unit
 
 import se_fx
-from se_fx.placement import Spot
+from se_fx.placement import PLACEMENTS, Spot
 
 
 def branch(m: Unit, x: Tensor) -> Tensor:
@@ -95,10 +97,21 @@ def doubled_widths(m: Unit, x: Tensor) -> Tensor:
     return torch.cat([x, x], 1) + torch.cat([y, y], 1)
 
 
+def read_late(m: Unit, x: Tensor) -> Tensor:
+    name = x.view_as(x)
+    y = x.mul_(2)
+    return m.b(F.relu(m.a(name))) + y
+
+
 #: Convs that get a block, by the placement and the code.
 CHOSEN = [
     ("pre", lambda m, x: m.b(m.a(F.relu(x))) + x, ["b"]),
     ("pre", lambda m, x: m.b(m.a(F.relu_(x))) + x, []),  # what the shortcut reads is changed by the branch
+    ("pre", lambda m, x: m.b(m.a(F.relu_(x.view_as(x)))) + x, []),  # the same by another name
+    ("pre", lambda m, x: m.b(F.relu(m.a(x.view_as(x)))) + x.mul_(2), ["b"]),  # the branch reads first
+    ("pre", read_late, []),  # what the branch reads is changed by the shortcut
+    ("pre", lambda m, x: x.add_(m.b(F.relu(m.a(x)))), ["b"]),  # when the branch has read it
+    ("identity", lambda m, x: m.b(m.a(F.relu_(x.view_as(x)))) + x, ["b"]),  # before the shortcut is read
     ("identity", lambda m, x: m.b(F.relu(m.a(x))).add_(x), ["b"]),
     ("identity", lambda m, x: x.add_(m.b(F.relu(m.a(x)))), []),  # who reads x reads the sum
     ("identity", lambda m, x: m.b(F.relu(m.a(x))).add(x), ["b"]),
@@ -107,6 +120,50 @@ CHOSEN = [
     ("norm", lambda m, x: F.instance_norm(x, weight=m.a(x).mean((0, 2, 3))), ["stem"]),
     ("residual", doubled_widths, []),  # one block for two widths there can't be
 ]
+
+
+class Once(nn.Module):
+    """Changes nothing, and returns other memory than it is given."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(channels, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.weight
+
+
+def grown(m: Unit, x: Tensor) -> Tensor:
+    y = m.b(F.relu(m.a(x)))
+    name = y.view_as(y)
+    z = y + x
+    name.mul_(3)
+    return z + y
+
+
+def changed_late(m: Unit, x: Tensor) -> Tensor:
+    y = m.b(F.relu(m.a(x))) + x
+    x.mul_(3)
+    return y + x
+
+
+WRITING = [unit for _, unit, _ in CHOSEN if unit is not doubled_widths] + [grown, changed_late]
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+@pytest.mark.parametrize("unit", WRITING)
+@torch.no_grad()
+def test_a_block_that_changes_nothing_changes_nothing_wherever_memory_is_written(unit: Any, in_place: bool) -> None:
+    x, placed = torch.randn(2, 3, 5, 5), 0
+    for placement in PLACEMENTS:
+        model = Unit(unit).eval()
+        expected = model(x)
+        with contextlib.suppress(se_fx.SqueezeExciteError):
+            options = {"placement": placement, "block": Once, "min_channels": 1}
+            result = se_fx.apply_squeeze_excite(model, **options) or model if in_place else se_fx.transform(model, **options)
+            assert torch.equal(result(x), expected), placement
+            placed += 1
+    assert placed
 
 
 @pytest.mark.parametrize(("placement", "unit", "convs"), CHOSEN)
