@@ -118,9 +118,10 @@ class Effects:
         yield from self.of(node).aliases
         yield from (user for user in node.users if node in self.of(user).aliases)
         if node.op == "placeholder":
-            yield from (other for other in node.graph.nodes if other.op == "placeholder")
+            yield from node.graph.find_nodes(op="placeholder", sort=False)
         elif node.op == "get_attr":
-            yield from (other for other in node.graph.nodes if other.op == "get_attr" and self._is_of_one(node, other))
+            attributes = node.graph.find_nodes(op="get_attr", sort=False)
+            yield from (other for other in attributes if self._is_of_one(node, other))
 
     def _is_of_one(self, attribute: fx.Node, other: fx.Node) -> bool:
         """Whether two attributes are in one memory, or the same."""

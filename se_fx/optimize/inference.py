@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NoReturn
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from se_fx.analysis import arguments, called, is_plain, modules_of
@@ -170,6 +171,11 @@ _IDLE_FORWARDS = tuple(kind.forward for kind in _IDLE)
 
 class _Sizes(fx.Interpreter):
     """Notes the batch, height and width of every feature map at its node."""
+
+    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        if target is F.batch_norm:  # whose decomposition takes a hundred times as long
+            return torch.empty_like(args[0] if args else kwargs["input"])
+        return super().call_function(target, args, kwargs)
 
     def run_node(self, n: fx.Node) -> Any:
         result = super().run_node(n)
