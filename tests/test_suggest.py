@@ -13,6 +13,8 @@ def test_suggestions_follow_the_method_card() -> None:
     large = se_fx.suggest(get_model("resnet50", weights=None), torch.zeros(1, 3, 64, 64))
     assert large.options == {"placement": "residual", "min_channels": 512, "latent_channels": 64}
     assert "as in the paper" in str(large)
+    assert "block='eca'" in str(large)
+    assert "by='score'" in str(large)
     assert "ImageNet-scale" in str(large)
     assert "bytes on these inputs" in str(large)
     assert len(large.plan) == len(se_fx.plan(get_model("resnet50", weights=None), **large.options)) > 0
