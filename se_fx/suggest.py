@@ -20,12 +20,12 @@ _IN_UNITS = (
     "much time to training, and brought no more accuracy where that was measured, on Fashion-MNIST."
 )
 _KIND = (
-    "block: none named, so Squeeze-and-Excitation. Of ECA, CBAM and effective SE none was shown to do better there, in five seeds "
-    "each; block='eca' has next to no parameters, and added 9 % to a ResNet-50's latency where SE added 14 %."
+    "block: none named, so Squeeze-and-Excitation. Of ECA, CBAM and effective SE none was shown to do better there, in five "
+    "seeds each; block='eca' has next to no parameters, and added 9 % to a ResNet-50's latency where SE added 14 %."
 )
 _WHICH = (
-    "Half of these blocks did as much as all of them there, on images unlike those the network was trained on: Plan.within keeps "
-    "to a budget, and se_fx.score first, with by='score', says which ones your data wants."
+    "Half of these blocks did as much as all of them there, on images unlike those the network was trained on: Plan.within "
+    "keeps to a budget, and se_fx.score first, with by='score', says which ones your data wants."
 )
 
 
