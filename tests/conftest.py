@@ -32,6 +32,17 @@ def _seeded() -> None:
 
 
 @pytest.fixture
+def fresh_compiler() -> Iterator[None]:
+    """`torch.compile` knows nothing of earlier tests, nor leaves anything."""
+    from torch._dynamo.utils import counters  # slow to import
+
+    torch.compiler.reset()
+    counters.clear()
+    yield
+    torch.compiler.reset()
+
+
+@pytest.fixture
 def tables() -> Iterator[None]:
     """Se_fx's tables, which users may add to: what is added is taken out again."""
     with contextlib.ExitStack() as stack:

@@ -25,6 +25,8 @@ from trained import applied, assert_close, settled
 
 import se_fx
 
+pytestmark = pytest.mark.usefixtures("fresh_compiler")
+
 FROZEN = {"freezing": True}
 
 
@@ -54,14 +56,6 @@ def net(seed: int = 0) -> nn.Module:
 
 def images(batch: int = 2) -> Tensor:
     return torch.randn(batch, 3, 16, 12, generator=torch.Generator().manual_seed(batch))
-
-
-@pytest.fixture(autouse=True)
-def _fresh() -> Iterator[None]:
-    torch.compiler.reset()
-    counters.clear()
-    yield
-    torch.compiler.reset()
 
 
 @pytest.fixture

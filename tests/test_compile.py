@@ -7,7 +7,7 @@ tolerances hold. Dynamo, which decides on graphs and recompilations, and AOTAuto
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import timm
@@ -19,15 +19,7 @@ from torch._dynamo.utils import counters
 
 import se_fx
 
-pytestmark = pytest.mark.integration
-
-
-@pytest.fixture(autouse=True)
-def _fresh() -> Iterator[None]:
-    torch.compiler.reset()
-    counters.clear()
-    yield
-    torch.compiler.reset()
+pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("fresh_compiler")]
 
 
 @pytest.fixture(params=KINDS)

@@ -33,7 +33,8 @@ from promises import (
     is_new,
     transform,
 )
-from torch import Tensor, fx, nn
+from torch import fx, nn
+from units import Scales
 
 import se_fx
 from se_fx import blocks
@@ -60,17 +61,6 @@ own_blocks = st.fixed_dictionaries(
         ),
     },
 )
-
-
-class Scales(nn.Module):
-    """Another attention block, which does nothing until it is trained."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(channels, 1, 1))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x * self.weight
 
 
 other_blocks = st.fixed_dictionaries({"block": st.sampled_from([Scales, "scales"])})

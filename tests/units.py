@@ -85,3 +85,14 @@ class Doubled(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         assert x.shape[1] == self.channels
         return 2 * x
+
+
+class Scales(nn.Module):
+    """Another attention block, which does nothing until it is trained."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(channels, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.weight

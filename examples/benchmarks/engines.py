@@ -29,8 +29,8 @@ from tqdm import tqdm
 
 import se_fx
 
+NETWORKS = ["seresnet50", "efficientnet_b0", "mobilenetv3_large_100"]
 SE, OPTIMIZED, CALLS = "with SE", "optimised", 20
-PLAIN = {"seresnet50": lambda: timm.create_model("resnet50")}
 
 
 class Engine(nn.Module):
@@ -103,16 +103,16 @@ ENGINES: dict[str, Callable[[Path], Engine]] = {"onnxruntime": onnxruntime, "ope
 def networks(name: str, x: Tensor) -> dict[str, nn.Module]:
     """Without SE, with, and optimised."""
     torch.manual_seed(0)
-    plain = PLAIN[name]() if name in PLAIN else inference.without_se(name)
+    plain, *_ = next(group.values() for group in inference.GROUPS.values() if name in group)
     model = inference.lively(timm.create_model(name))
     optimized = se_fx.optimize_for_inference(model, x, target="export")
-    return {"without SE": inference.lively(plain), SE: model, OPTIMIZED: optimized}
+    return {"without SE": inference.lively(plain()), SE: model, OPTIMIZED: optimized}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--networks", nargs="+", default=["seresnet50", "efficientnet_b0", "mobilenetv3_large_100"], metavar="NAME")
+    add("--networks", nargs="+", choices=NETWORKS, default=NETWORKS)
     add("--engines", nargs="+", choices=ENGINES, default=list(ENGINES))
     add("--batch-size", type=int, default=1, metavar="N", help="images in a call (default: 1)")
     add("--rounds", type=int, default=31, metavar="N", help="timings of each model (default: 31)")

@@ -5,7 +5,7 @@ what a neck. Graphs are read, or run on meta tensors; nothing is edited. Knows n
 """
 
 from se_fx.analysis.calls import Modules, arguments, called, is_plain, modules_of, on_meta, runs_pytorch
-from se_fx.analysis.channels import Values, channels, values_of
+from se_fx.analysis.channels import Values, WithoutValues, channels, values_of
 from se_fx.analysis.dataflow import ADDS, PRODUCTS, attention_convs, inserted, live
 from se_fx.analysis.effects import Effects
 from se_fx.analysis.flow import conv_flow
@@ -21,6 +21,7 @@ __all__ = [
     "Modules",
     "Unit",
     "Values",
+    "WithoutValues",
     "activation_after",
     "arguments",
     "attention_convs",

@@ -17,7 +17,7 @@ from se_fx.analysis.calls import holds_hooks_or_convs, on_meta
 from se_fx.analysis.memo import remembered
 from se_fx.capture import random_state, set_random_state
 
-__all__ = ["UNKNOWN", "Values", "channels", "values_of"]
+__all__ = ["UNKNOWN", "Values", "WithoutValues", "channels", "values_of"]
 
 
 def channels(graph: fx.Graph, root: nn.Module) -> dict[fx.Node, int]:
@@ -100,7 +100,17 @@ class _Unknown(Exception):
     """A value can't be told without an input."""
 
 
-class _Shapes(fx.Interpreter):
+class WithoutValues(fx.Interpreter):
+    """Runs a graph on tensors that have no values."""
+
+    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        """Call it, but for a batch norm: its result is known, and its decomposition takes a hundred times as long."""
+        if target is F.batch_norm:
+            return torch.empty_like(args[0] if args else kwargs["input"])
+        return super().call_function(target, args, kwargs)
+
+
+class _Shapes(WithoutValues):
     """Runs nodes for shapes only, starting from feature maps of one size."""
 
     def __init__(self, root: nn.Module, graph: fx.Graph, size: tuple[int, int, int]) -> None:
@@ -131,10 +141,6 @@ class _Shapes(fx.Interpreter):
             source, weight = given["input"], given["weight"]
             if isinstance(weight, Tensor) and not _is_at_one(source):
                 return self._map(weight.shape[0], weight)
-        if target is F.batch_norm:  # the decomposition that meta tensors run takes a hundred times as long
-            source = args[0] if args else kwargs["input"]
-            if isinstance(source, Tensor):
-                return torch.empty_like(source)
         return super().call_function(target, *self._known(args, kwargs))
 
     def call_method(self, target: Any, args: Any, kwargs: Any) -> Any:

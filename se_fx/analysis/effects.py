@@ -152,12 +152,10 @@ class Effects:
         They would if either side was seen to write to the memory, under any name, and the other to read it afterwards; what
         only unknown code may do is left aside.
         """
-        ours, theirs = (
-            list(self._seen_to_use(value, users)) for users in (readers, [user for user in value.users if user not in readers])
-        )
-        if any(writes for _, writes in ours):
-            return False
-        return not any(writes and min(readers) < user < reader for user, writes in theirs for reader, _ in ours)
+        ours = list(self._seen_to_use(value, readers))
+        theirs = self._seen_to_use(value, [user for user in value.users if user not in readers])
+        first, last = min(readers), max(reader for reader, _ in ours)
+        return not any(writes for _, writes in ours) and not any(writes and first < user < last for user, writes in theirs)
 
     def _seen_to_use(self, value: fx.Node, users: Iterable[fx.Node]) -> Iterator[tuple[fx.Node, bool]]:
         """These users of a value and those of the names that they give it; whether each was seen to write to it."""

@@ -28,6 +28,7 @@ class Unit:
         shortcut: the other operand of the addition; `start` itself, or a projection of it.
         add: the addition.
         branch: all nodes of the branch.
+        projection: all nodes of the shortcut; none where that is `start` itself.
         conv: the last Conv2d of the branch.
         channels: of the sum, and of both its operands.
         start_channels: of `start`; None where that can't be told from what computes it.
@@ -38,6 +39,7 @@ class Unit:
     shortcut: fx.Node
     add: fx.Node
     branch: frozenset[fx.Node]
+    projection: frozenset[fx.Node]
     conv: str
     channels: int
     start_channels: int | None
@@ -86,7 +88,7 @@ def _units(graph: fx.Graph, root: nn.Module) -> Iterator[Unit]:
         end = _before_scaling(operands[longer], branch, data, modules)
         if is_unit and widths.get(end, width) == width and not _is_scaled_by_attention(end, small, data):
             assert width is not None
-            yield Unit(start, end, operands[1 - longer], add, branch, names[longer][-1], width, widths.get(start))
+            yield Unit(start, end, operands[1 - longer], add, branch, shortcut, names[longer][-1], width, widths.get(start))
 
 
 def _adds(node: fx.Node, modules: Modules, data: set[fx.Node]) -> bool:

@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from se_fx.capture import collector_paused
-from se_fx.optimize.inference import without_autocast
+from se_fx.optimize.inference import apply_rewrite, note_size, without_autocast
 from se_fx.regions import copied
 from se_fx.rewrites import REWRITES, Algebra, Optimization, Step
 
@@ -53,8 +53,7 @@ def inductor_behind_rewrites(
         algebra, inputs = _frozen(graph_module, example_inputs)
         attributes = [algebra.evaluation.attribute(node) for node in algebra.graph.nodes if node.op == "get_attr"]
         constants = [t for t in attributes if isinstance(t, Tensor) and not algebra.evaluation.is_changed(t)]
-        steps = tuple(Step(name, tuple(rewrite(algebra))) for name, rewrite in REWRITES.items())
-        algebra.graph.lint()
+        steps = tuple(Step(name, tuple(apply_rewrite(rewrite, algebra))) for name, rewrite in REWRITES.items())
         algebra.module.recompile()
     optimization, size = Optimization("a graph", steps), len(graph_module.graph.nodes)
     _logger.info("backend se_fx: a graph of %d nodes, rewritten in %d places", size, optimization.count())
@@ -85,7 +84,8 @@ def _frozen(captured: fx.GraphModule, example_inputs: Sequence[Any]) -> tuple[Al
             attribute.meta = {"example_value": inputs[place].meta["example_value"]}
             inputs[place].replace_all_uses_with(attribute)
             rewritten.graph.erase_node(inputs[place])
-        _note_sizes(rewritten.graph)
+        for node in rewritten.graph.nodes:
+            note_size(node, node.meta.get("example_value"))
         algebra = Algebra(rewritten)
         written = {place for place in state if algebra.evaluation.is_changed(example_inputs[place])}
         if not written:
@@ -111,19 +111,6 @@ def _guard(node: fx.Node) -> None:
         context.guards_context.dynamo_guards.add(source.make_guard(GuardBuilder.ID_MATCH))
 
 
-def _note_sizes(graph: fx.Graph) -> None:
-    """Note the batch, height and width of feature maps, as they are at the first call."""
-    for node in graph.nodes:
-        value = node.meta.get("example_value")
-        if isinstance(value, Tensor) and value.ndim == 4:
-            node.meta["size"] = tuple(map(_expected, (value.shape[0], *value.shape[2:])))
-
-
-def _expected(size: int | torch.SymInt) -> int:
-    """A size, or what it is at the first call."""
-    return size if isinstance(size, int) else int(size.node.hint or 0)
-
-
 def _watched(
     compiled: Callable[..., Any],
     captured: fx.GraphModule,
@@ -132,7 +119,8 @@ def _watched(
     constants: list[Tensor],
 ) -> Callable[..., Any]:
     """What runs `compiled` while weights are as they were, and `captured` afterwards."""
-    state = [(place, value) for place, value in enumerate(example_inputs) if place not in set(inputs)]
+    given = set(inputs)
+    state = [(place, value) for place, value in enumerate(example_inputs) if place not in given]
     constants = [tensor for tensor in constants if not tensor.is_inference()]  # which have no versions
     version_of = operator.attrgetter("_version")
     versions = list(map(version_of, constants))

@@ -8,10 +8,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NoReturn
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from se_fx.analysis import arguments, called, is_plain, modules_of
+from se_fx.analysis import WithoutValues, arguments, called, is_plain, modules_of
 from se_fx.arguments import chosen_names
 from se_fx.capture import Capture, capture, collector_paused
 from se_fx.cost import NEEDS_VALUES, Call, as_call, faked, measure
@@ -20,7 +19,7 @@ from se_fx.planning import take_plans
 from se_fx.regions import EXCITE, GraphRegion, add_constants, clone, copied, own_class, restore_code, run_graphs, view
 from se_fx.rewrites import REWRITES, Algebra, Change, Optimization, Rewrite, Step, give_optimization, optimization_of
 
-__all__ = ["optimize_for_inference", "without_autocast"]
+__all__ = ["apply_rewrite", "note_size", "optimize_for_inference", "without_autocast"]
 
 
 def optimize_for_inference(
@@ -111,7 +110,7 @@ def _optimized(captured: Capture, rewrites: dict[str, Rewrite], example_inputs: 
     algebras = {path: Algebra(region, exported=exported) for path, region in views.items()}
     before, steps = cost, []
     for name, rewrite in rewrites.items():
-        changes = [change for path, algebra in algebras.items() for change in _rewritten(rewrite, algebra, path)]
+        changes = [change for path, algebra in algebras.items() for change in apply_rewrite(rewrite, algebra, path)]
         saved = None
         if cost is not None:
             is_changed = any(change.applied for change in changes)
@@ -124,7 +123,7 @@ def _optimized(captured: Capture, rewrites: dict[str, Rewrite], example_inputs: 
     return optimized
 
 
-def _rewritten(rewrite: Rewrite, algebra: Algebra, path: str) -> list[Change]:
+def apply_rewrite(rewrite: Rewrite, algebra: Algebra, path: str = "") -> list[Change]:
     """Apply one rewrite to one region, in place; places are named as in the model."""
     changes = [change.within(path) for change in rewrite(algebra)]
     algebra.graph.lint()
@@ -169,19 +168,20 @@ _IDLE = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.A
 _IDLE_FORWARDS = tuple(kind.forward for kind in _IDLE)
 
 
-class _Sizes(fx.Interpreter):
+class _Sizes(WithoutValues):
     """Notes the batch, height and width of every feature map at its node."""
-
-    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
-        if target is F.batch_norm:  # whose decomposition takes a hundred times as long
-            return torch.empty_like(args[0] if args else kwargs["input"])
-        return super().call_function(target, args, kwargs)
 
     def run_node(self, n: fx.Node) -> Any:
         result = super().run_node(n)
-        if isinstance(result, Tensor) and result.ndim == 4:
-            n.meta["size"] = (result.shape[0], result.shape[2], result.shape[3])
+        note_size(n, result)
         return result
+
+
+def note_size(node: fx.Node, value: Any) -> None:
+    """Note a feature map's batch, height and width at its node; of sizes that may change, what they are at first."""
+    if isinstance(value, Tensor) and value.ndim == 4:
+        sizes = value.shape[0], *value.shape[2:]
+        node.meta["size"] = tuple(size if isinstance(size, int) else int(size.node.hint or 0) for size in sizes)
 
 
 def _note_sizes(region: fx.GraphModule, call: Call) -> None:

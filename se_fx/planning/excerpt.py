@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 from torch import fx, nn
@@ -40,35 +40,23 @@ def excerpt_of(rewritten: nn.Module) -> tuple[Part, ...]:
     """
     found: tuple[Part, ...] = ()
     for region in capture(rewritten).regions:
-        graph, modules = (region.graphs or {}).get(False), modules_of(region.module)
-        blocks = [node for node in graph.nodes if inserted(node, modules)] if graph is not None else []
-        if graph is None or not blocks:
+        if region.graphs is None:
             continue
-        for nodes in _units(graph, region.module, blocks):
-            if len(nodes) < _LONGEST:
+        graph, modules = region.graphs[False], modules_of(region.module)
+        blocks = [node for node in graph.nodes if inserted(node, modules)]
+        if not blocks:
+            continue
+        for unit in residual_units(graph, region.module):
+            after = activation_after(unit.add, modules)
+            nodes = {*unit.branch, *unit.projection, unit.add, *([after] if after is not None else [])}
+            if len(nodes) < _LONGEST and not nodes.isdisjoint(blocks):
                 return _parts(graph, nodes, modules, region.qualified)
         found = found or _parts(graph, _around(graph, blocks[0]), modules, region.qualified)
     return found
 
 
-def _units(graph: fx.Graph, root: nn.Module, blocks: list[fx.Node]) -> Iterator[set[fx.Node]]:
-    """The nodes of each residual unit with a block, from behind where both ways start to the activation after the sum."""
-    modules = modules_of(root)
-    for unit in residual_units(graph, root):
-        shortcut: set[fx.Node] = set()
-        open_ends = [unit.shortcut]
-        while open_ends:
-            node = open_ends.pop()
-            if node is not unit.start and node not in shortcut:
-                shortcut.add(node)
-                open_ends += node.all_input_nodes
-        nodes = {*unit.branch, *shortcut, unit.add}
-        after = activation_after(unit.add, modules)
-        if not nodes.isdisjoint(blocks):
-            yield nodes if after is None else nodes | {after}
-
-
 def _around(graph: fx.Graph, block: fx.Node) -> set[fx.Node]:
+    """A block, the steps before it and those behind."""
     data, nodes, node = live(graph), {block}, block
     for _ in range(_BEFORE):
         node = next((source for source in node.all_input_nodes if source in data and source.op != "placeholder"), node)

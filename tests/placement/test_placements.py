@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from units import UNITS, Doubled, Unit
+from units import UNITS, Doubled, Scales, Unit
 
 import se_fx
 from se_fx.placement import PLACEMENTS, Spot
@@ -122,17 +122,6 @@ CHOSEN = [
 ]
 
 
-class Once(nn.Module):
-    """Changes nothing, and returns other memory than it is given."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(channels, 1, 1))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x * self.weight
-
-
 def grown(m: Unit, x: Tensor) -> Tensor:
     y = m.b(F.relu(m.a(x)))
     name = y.view_as(y)
@@ -159,7 +148,7 @@ def test_a_block_that_changes_nothing_changes_nothing_wherever_memory_is_written
         model = Unit(unit).eval()
         expected = model(x)
         with contextlib.suppress(se_fx.SqueezeExciteError):
-            options = {"placement": placement, "block": Once, "min_channels": 1}
+            options = {"placement": placement, "block": Scales, "min_channels": 1}
             result = se_fx.apply_squeeze_excite(model, **options) or model if in_place else se_fx.transform(model, **options)
             assert torch.equal(result(x), expected), placement
             placed += 1

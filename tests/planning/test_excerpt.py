@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torchvision
-from torch import Tensor, nn
+from test_faults import Branches
 from trained import resnet10
 
 import se_fx
@@ -51,16 +51,7 @@ def test_a_block_outside_units_has_its_neighbours(way: str) -> None:
     ]
 
 
-class Untraceable(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(3, 8, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.conv(x) if x.sum() > 0 else self.conv(-x)
-
-
 def test_there_is_none_where_no_graph_has_a_block() -> None:
-    model = se_fx.transform(Untraceable(), min_channels=1, latent_channels=2)
+    model = se_fx.transform(Branches(), min_channels=1, latent_channels=2)
     assert excerpt_of(model) == ()
-    assert se_fx.report(model, torch.ones(1, 3, 4, 4)).excerpt == ()
+    assert se_fx.report(model, torch.ones(1, 8, 4, 4)).excerpt == ()
