@@ -16,7 +16,7 @@ from torch.autograd import forward_ad, gradcheck, gradgradcheck
 
 import se_fx
 from se_fx.rewrites import ROUNDED, TRAINING_REWRITES
-from se_fx.rewrites.training import calls
+from se_fx.rewrites.training import calls, recipes
 
 X = torch.randn(3, CHANNELS, 6, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
 
@@ -220,6 +220,18 @@ def test_nothing_is_left_after_the_backward_pass() -> None:
     gc.collect()
     assert kept
     assert kept[0]() is None
+
+
+def test_sources_are_kept_once_for_all_readers_but_hooks_get_each() -> None:
+    value, gate = torch.randn(2, 4, 3, 3, requires_grad=True), torch.rand(2, 4, 1, 1)
+    recipe = recipes.Recipe(torch.mul, recipes.Recipe(torch.relu, value), gate)
+    assert recipe.kept(None) is recipe.kept(None)
+    packed: list[Tensor] = []
+    hooks = (lambda tensor: packed.append(tensor) or tensor, lambda tensor: tensor)
+    first, second = (recipe.kept(hooks) for _ in range(2))
+    assert first is not second
+    assert len(packed) == 4
+    assert torch.equal(first(), value.relu() * gate)
 
 
 def test_forward_derivatives() -> None:

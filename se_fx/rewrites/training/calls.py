@@ -5,6 +5,7 @@ Each does exactly what it stands for, and so in eager mode without gradients, an
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 from typing import Any, NamedTuple
@@ -52,8 +53,8 @@ def normalized(
     call = module_or_function(norm)
     if torch.compiler.is_compiling() or not is_kept(value) or _is_hooked(norm):
         return call(value, *args, **kwargs), None
-    watch = _Watch(value, recipe, tail)
-    with watch, Recomputed(value, recipe):
+    watch, keeps = _Watch(value, recipe, tail), recipe and Recomputed(value, recipe)
+    with keeps or contextlib.nullcontext(), watch:
         result = call(value, *args, **kwargs)
     return result, watch.recipe if watch.result is result else None
 
@@ -160,6 +161,8 @@ def _keeping_recipes(call: Any, value: Tensor, recipe: Recipe, again: Recipe, ar
 
 def _applied(call: Any, args: Any, kwargs: Any, value: Tensor) -> Any:
     """What a function gives for a value, which is left as it is."""
+    if getattr(call, "__module__", "") == F.__name__ and inspect.isfunction(call):  # what it calls has no flags
+        return _out_of_place(call, (value, *args), kwargs)
     with OutOfPlace():
         return call(value, *args, **kwargs)
 
@@ -168,12 +171,17 @@ class OutOfPlace(TorchFunctionMode):
     """Within, no activation works in place."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs, place = kwargs or {}, _place_of_flag(func)
-        if kwargs.get("inplace"):
-            kwargs = {**kwargs, "inplace": False}
-        elif place is not None and len(args) > place:
-            args = (*args[:place], False, *args[place + 1 :])
-        return func(*args, **kwargs)
+        return _out_of_place(func, args, kwargs or {})
+
+
+def _out_of_place(func: Any, args: Any, kwargs: Any) -> Any:
+    """What a function gives, without its flag that it may work in place."""
+    place = _place_of_flag(func)
+    if kwargs.get("inplace"):
+        kwargs = {**kwargs, "inplace": False}
+    elif place is not None and len(args) > place:
+        args = (*args[:place], False, *args[place + 1 :])
+    return func(*args, **kwargs)
 
 
 @functools.lru_cache(maxsize=256)

@@ -12,6 +12,7 @@ import contextlib
 import itertools
 import weakref
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -37,7 +38,16 @@ class Recipe:
         self.run, self.sources = run, sources
         self.by_sample: bool = by_sample and all(source.by_sample for source in sources if isinstance(source, Recipe))
         self.shelf = _Shelf()
+        self._kept: _Computed | None = None
         self._versions = [source._version if isinstance(source, Tensor) else 0 for source in sources]
+
+    def kept(self, hooks: Hooks | None) -> _Computed:
+        """With its sources kept: once for all its readers, but for hooks, which may give back each tensor but once."""
+        if hooks is not None:
+            return _Computed(self, hooks)
+        if self._kept is None:
+            self._kept = _Computed(self, None)
+        return self._kept
 
     def is_current(self) -> bool:
         """Whether no source has been changed in place since."""
@@ -71,6 +81,8 @@ class _Shelf:
 class _Kept:
     """A tensor, kept as autograd keeps it."""
 
+    __slots__ = ("packed", "unpack", "version")
+
     def __init__(self, tensor: Tensor, hooks: Hooks | None) -> None:
         detached = tensor.detach()
         self.unpack = None if hooks is None else hooks[1]
@@ -94,8 +106,7 @@ class _Computed:
     def __init__(self, recipe: Recipe, hooks: Hooks | None) -> None:
         self.run, self.shelf, self.by_sample = recipe.run, recipe.shelf, recipe.by_sample
         self.sources = [
-            _Kept(source, hooks) if isinstance(source, Tensor) else source and _Computed(source, hooks)
-            for source in recipe.sources
+            _Kept(source, hooks) if isinstance(source, Tensor) else source and source.kept(hooks) for source in recipe.sources
         ]
 
     def __call__(self) -> Tensor:
@@ -138,7 +149,7 @@ class _Last:
     """The value itself, computed as it was: under the same autocast, and for nobody's gradients."""
 
     def __init__(self, recipe: Recipe, hooks: Hooks | None, device: str) -> None:
-        self.computed = _Computed(recipe, hooks)
+        self.computed = recipe.kept(hooks)
         self.device, self.is_spared = device, False
         self.autocast = (torch.is_autocast_enabled(device), torch.get_autocast_dtype(device))
         recipe.shelf.readers += 1
@@ -170,15 +181,14 @@ class _Last:
         finally:
             self.is_spared = False
 
-    @contextlib.contextmanager
-    def _as_it_was(self) -> Iterator[None]:
+    def _as_it_was(self) -> AbstractContextManager[Any]:
         is_on, dtype = self.autocast
-        with torch.no_grad():
-            if not is_on and not torch.is_autocast_enabled(self.device):
-                yield
-                return
-            with torch.autocast(self.device, dtype=dtype, enabled=is_on):
-                yield
+        if not is_on and not torch.is_autocast_enabled(self.device):
+            return torch.no_grad()
+        stack = contextlib.ExitStack()
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(torch.autocast(self.device, dtype=dtype, enabled=is_on))
+        return stack
 
 
 def is_kept(value: Any) -> bool:
@@ -219,7 +229,12 @@ class Recomputed:
         context.__exit__(*raised)
 
     def _pack(self, tensor: Tensor) -> _Packed:
-        if self.recipe is not None and _place(tensor) == self.place and self.recipe.is_current():
+        if (
+            self.recipe is not None
+            and tensor.shape == self.place[2]
+            and _place(tensor) == self.place
+            and self.recipe.is_current()
+        ):
             last = _Last(self.recipe, self.hooks, self.device)
             self.last = weakref.ref(last)
             return _Packed(last)
@@ -239,6 +254,8 @@ class Recomputed:
 
 class _Packed:
     """What autograd is given, and gives back for the value."""
+
+    __slots__ = ("content",)
 
     def __init__(self, content: _Kept | _Last | None) -> None:
         self.content = content
