@@ -161,7 +161,7 @@ def _keeping_recipes(call: Any, value: Tensor, recipe: Recipe, again: Recipe, ar
 
 def _applied(call: Any, args: Any, kwargs: Any, value: Tensor) -> Any:
     """What a function gives for a value, which is left as it is."""
-    if getattr(call, "__module__", "") == F.__name__ and inspect.isfunction(call):  # what it calls has no flags
+    if inspect.isfunction(call) and call.__module__ == F.__name__:  # what it calls has no flags
         return _out_of_place(call, (value, *args), kwargs)
     with OutOfPlace():
         return call(value, *args, **kwargs)

@@ -81,8 +81,6 @@ class _Shelf:
 class _Kept:
     """A tensor, kept as autograd keeps it."""
 
-    __slots__ = ("packed", "unpack", "version")
-
     def __init__(self, tensor: Tensor, hooks: Hooks | None) -> None:
         detached = tensor.detach()
         self.unpack = None if hooks is None else hooks[1]
@@ -157,13 +155,13 @@ class _Last:
     def __call__(self) -> Tensor:
         if self.is_spared:
             return torch.empty(0)
-        with self._as_it_was():
+        with torch.no_grad(), self._autocast():
             return self.computed()
 
     def times(self, gradient: Tensor) -> Tensor:
         """The sum over space of the value times a gradient, (N, C, 1, 1). Sample by sample: nothing of their size is made."""
         shelf, sums = self.computed.shelf, []
-        with self._as_it_was():
+        with torch.no_grad(), self._autocast():
             alone = shelf.value is None and shelf.readers == 1 and self.computed.by_sample
             count = len(gradient)
             values = self.computed.samples(count) if alone else self.computed().chunk(count)
@@ -181,14 +179,11 @@ class _Last:
         finally:
             self.is_spared = False
 
-    def _as_it_was(self) -> AbstractContextManager[Any]:
+    def _autocast(self) -> AbstractContextManager[Any]:
         is_on, dtype = self.autocast
-        if not is_on and not torch.is_autocast_enabled(self.device):
-            return torch.no_grad()
-        stack = contextlib.ExitStack()
-        stack.enter_context(torch.no_grad())
-        stack.enter_context(torch.autocast(self.device, dtype=dtype, enabled=is_on))
-        return stack
+        if is_on or torch.is_autocast_enabled(self.device):
+            return torch.autocast(self.device, dtype=dtype, enabled=is_on)
+        return contextlib.nullcontext()
 
 
 def is_kept(value: Any) -> bool:
@@ -209,13 +204,13 @@ class Recomputed:
 
     Args:
         value: a value.
-        recipe: how to compute it again; None to keep it as ever.
+        recipe: how to compute it again.
         settles: whether `settle` will be called, by which it is decided about all else.
     """
 
-    def __init__(self, value: Tensor, recipe: Recipe | None, *, settles: bool = False) -> None:
+    def __init__(self, value: Tensor, recipe: Recipe, *, settles: bool = False) -> None:
         self.hooks, self.place, self.device = _hooks_around(), _place(value), value.device.type
-        self.recipe = recipe
+        self.recipe: Recipe | None = recipe
         self.last: weakref.ref[_Last] | None = None  # which lives as long as autograd keeps it
         self.open: list[tuple[_Packed, Tensor]] | None = [] if settles else None
 
@@ -229,12 +224,7 @@ class Recomputed:
         context.__exit__(*raised)
 
     def _pack(self, tensor: Tensor) -> _Packed:
-        if (
-            self.recipe is not None
-            and tensor.shape == self.place[2]
-            and _place(tensor) == self.place
-            and self.recipe.is_current()
-        ):
+        if self.recipe is not None and _place(tensor) == self.place and self.recipe.is_current():
             last = _Last(self.recipe, self.hooks, self.device)
             self.last = weakref.ref(last)
             return _Packed(last)
@@ -254,8 +244,6 @@ class Recomputed:
 
 class _Packed:
     """What autograd is given, and gives back for the value."""
-
-    __slots__ = ("content",)
 
     def __init__(self, content: _Kept | _Last | None) -> None:
         self.content = content
