@@ -13,6 +13,7 @@ from hypothesis import HealthCheck, Phase, settings
 from torch import nn
 
 from se_fx import blocks, cost, criteria, placement, rewrites
+from se_fx.rewrites.training import saving
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)
@@ -29,6 +30,12 @@ settings.load_profile("few")
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _small_maps_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Maps as small as most tests' are computed again, too."""
+    monkeypatch.setattr(saving, "SMALL", 0)
 
 
 @pytest.fixture

@@ -39,6 +39,7 @@ from se_fx.rewrites import (
     give_optimization,
     is_training_call,
     optimization_of,
+    relied_on,
     tail_of,
 )
 
@@ -151,7 +152,7 @@ def _tail(region: fx.GraphModule, name: str) -> Tail | None:
     regions = capture(module, finely=True, training=True).regions
     if len(regions) != 1 or regions[0].path or regions[0].graphs is None:
         return None
-    train, evaluate = (tail_of(each) for each in _views(module, regions[0]).values())
+    train, evaluate = (tail_of(each, module, mode) for mode, each in _views(module, regions[0]).items())
     return train if train == evaluate else None
 
 
@@ -168,7 +169,8 @@ def _assembled(captured: Capture, views: dict[str, dict[bool, fx.GraphModule]], 
             for graph in graphs.values():
                 _leave_scaling_to_nodes(module, graph)
             kinds = {"as_graph_module": as_graph_module, "replaceable": replaceable}
-            run_graphs(module, graphs, entered=region.entered(), **kinds)
+            fixed = {name for graph in graphs.values() for name in relied_on(graph)}
+            run_graphs(module, graphs, entered=region.entered(), fixed=sorted(fixed), **kinds)
     return model
 
 

@@ -121,6 +121,7 @@ def run_graphs(
     *,
     as_graph_module: bool,
     entered: Iterable[str] | None = None,
+    fixed: Iterable[str] = (),
     replaceable: bool = True,
     keeps_class: bool = True,
 ) -> None:
@@ -132,6 +133,7 @@ def run_graphs(
         as_graph_module: become an `fx.GraphModule`.
         entered: the names of the modules whose code is in the graphs, its own (empty) first: what makes the graphs stale is
             watched there. None, and they never are.
+        fixed: the names of modules that the graphs call, and that make them stale if others take their places.
         replaceable: whether the module's code holds the same blocks, and may run where the graphs are stale.
         keeps_class: whether an `fx.GraphModule` stays of its own class too, even if that has no `train()` or the like.
     """
@@ -144,7 +146,7 @@ def run_graphs(
         _graphs=dict(graphs),
         _watched=watch(inner),
         _reached=reached(inner, named(module)) if names else [],
-        _children=list(fixed_children(module, set(graphs.values()))) if names else [],
+        _children=[*fixed_children(module, set(graphs.values())), *(_placed(module, each) for each in fixed)] if names else [],
         _hosts=[each for each in module.modules() if "_between" in each.__dict__ or "_holding" in each.__dict__]
         if names
         else [],
@@ -160,6 +162,12 @@ def run_graphs(
             graph.owning_module = cast("fx.GraphModule", module)
     keeps = keeps_class or overrides_module_methods(own) or hooked(module)  # hooks may call methods of the model
     give_class(module, own, own_graph, as_graph_module=as_graph_module, added=added, keeps=keeps)
+
+
+def _placed(module: nn.Module, name: str) -> tuple[nn.Module, str, nn.Module]:
+    """A module within another, with what holds it."""
+    holder, _, last = name.rpartition(".")
+    return module.get_submodule(holder), last, module.get_submodule(name)
 
 
 def run_host_graphs(module: nn.Module, graphs: Mapping[bool, fx.Graph]) -> None:

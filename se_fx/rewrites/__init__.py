@@ -8,7 +8,16 @@ from se_fx.rewrites.algebra import Algebra
 from se_fx.rewrites.change import Change, Rewrite
 from se_fx.rewrites.inference import REWRITES
 from se_fx.rewrites.optimization import Optimization, Step, give_optimization, optimization_of
-from se_fx.rewrites.training import ROUNDED, TRAINING_REWRITES, Keeping, Tail, TrainingRewrite, is_training_call, tail_of
+from se_fx.rewrites.training import (
+    ROUNDED,
+    TRAINING_REWRITES,
+    Keeping,
+    Tail,
+    TrainingRewrite,
+    is_training_call,
+    relied_on,
+    tail_of,
+)
 
 __all__ = [
     "REWRITES",
@@ -25,5 +34,6 @@ __all__ = [
     "give_optimization",
     "is_training_call",
     "optimization_of",
+    "relied_on",
     "tail_of",
 ]

@@ -16,7 +16,7 @@ from torch.autograd import forward_ad, gradcheck, gradgradcheck
 
 import se_fx
 from se_fx.rewrites import ROUNDED, TRAINING_REWRITES
-from se_fx.rewrites.training import calls, recipes
+from se_fx.rewrites.training import calls, recipes, saving
 
 X = torch.randn(3, CHANNELS, 6, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
 
@@ -225,13 +225,102 @@ def test_nothing_is_left_after_the_backward_pass() -> None:
 def test_sources_are_kept_once_for_all_readers_but_hooks_get_each() -> None:
     value, gate = torch.randn(2, 4, 3, 3, requires_grad=True), torch.rand(2, 4, 1, 1)
     recipe = recipes.Recipe(torch.mul, recipes.Recipe(torch.relu, value), gate)
-    assert recipe.kept(None) is recipe.kept(None)
+    assert recipe.under(None) is recipe
     packed: list[Tensor] = []
     hooks = (lambda tensor: packed.append(tensor) or tensor, lambda tensor: tensor)
-    first, second = (recipe.kept(hooks) for _ in range(2))
+    first, second = (recipe.under(hooks) for _ in range(2))
     assert first is not second
     assert len(packed) == 4
-    assert torch.equal(first(), value.relu() * gate)
+    assert torch.equal(first.unpack(), value.relu() * gate)
+
+
+def test_hooks_around_keep_all_that_operators_do() -> None:
+    model, lean = optimized(Mobile())
+    found = []
+    for each in (model, lean):
+        packed: list[Tensor] = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, kept=packed: kept.append(t) or t, lambda t: t):
+            each(X).sum().backward()
+        found.append({(tuple(t.shape), t.dtype) for t in packed if t.ndim != 4 or t.shape[2:] == (1, 1)})
+    assert found[0] <= found[1]
+
+
+@pytest.mark.parametrize("make", [nn.PReLU, nn.Tanh, lambda: Random()])
+@pytest.mark.parametrize("fused", [False, True])
+def test_an_activation_that_another_takes_the_place_of(fused: bool, make: Callable[[], nn.Module]) -> None:
+    layers = [NormAct(CHANNELS)] if fused else [nn.BatchNorm2d(CHANNELS), nn.SiLU()]
+    model, lean = optimized(nn.Sequential(conv(), *layers, Gate(), conv()))
+    new = make().double()
+    for each in (model, lean):
+        if fused:
+            each[1].act = copy.deepcopy(new)
+        else:
+            each[2] = copy.deepcopy(new)
+    assert_alike(step(lean, X), step(model, X))
+
+
+class Random(nn.Module):
+    """Gives something else at each call."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.dropout(x, 0.5)
+
+
+class NormAct(nn.BatchNorm2d):
+    """A norm with an activation of its own."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels)
+        self.act = nn.SiLU(inplace=True)
+
+    def forward(self, input: Tensor) -> Tensor:
+        if self.training:
+            self.num_batches_tracked.add_(1)
+        operands = (self.running_mean, self.running_var, self._weight(), self.bias)
+        return self.act(nn.functional.batch_norm(input, *operands, self.training, self.momentum, self.eps))
+
+    def _weight(self) -> Tensor:
+        return self.weight
+
+
+class Shifted(NormAct):
+    """Gives its function something else."""
+
+    def _weight(self) -> Tensor:
+        return self.weight + 1
+
+
+class Counting(NormAct):
+    """Counts otherwise."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        self.num_batches_tracked.add_(1)
+        return super().forward(input)
+
+
+class Training(NormAct):
+    """Takes each batch's statistics in evaluation, too."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        self.num_batches_tracked.add_(1)
+        operands = (self.running_mean, self.running_var, self.weight, self.bias)
+        return self.act(nn.functional.batch_norm(input, *operands, True, self.momentum, self.eps))
+
+
+@pytest.mark.parametrize(("kind", "known"), [(NormAct, True), (Shifted, False), (Counting, False), (Training, False)])
+def test_norms_of_others_that_do_what_theirs_does_and_an_activation(kind: type[NormAct], known: bool) -> None:
+    model, lean = optimized(nn.Sequential(conv(), kind(CHANNELS), Gate(), conv()))
+    steps = {step.rewrite: step.changes for step in se_fx.report(lean).steps}
+    assert [change.applied for change in steps["recompute_activations"]] == [known]
+    assert_alike(step(lean, X), step(model, X))
+
+
+@pytest.mark.parametrize("small", [0, X.numel() * 8, X.numel() * 8 + 1])
+def test_small_maps_are_kept(small: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(saving, "SMALL", small)
+    model, lean = optimized(Mobile())
+    assert (kept_maps(lean, X) == kept_maps(model, X)) == (small > X.numel() * 8)
+    assert_alike(step(lean, X), step(model, X))
 
 
 def test_forward_derivatives() -> None:

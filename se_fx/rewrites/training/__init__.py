@@ -12,9 +12,9 @@ from se_fx.rewrites.training.keeping import Keeping
 from se_fx.rewrites.training.moments import moments
 from se_fx.rewrites.training.recompute import recompute_activations, recompute_products, recompute_readers
 from se_fx.rewrites.training.tails import Tail, tail_of
-from se_fx.rewrites.training.weaving import is_training_call
+from se_fx.rewrites.training.weaving import is_training_call, relied_on
 
-__all__ = ["ROUNDED", "TRAINING_REWRITES", "Keeping", "Tail", "TrainingRewrite", "is_training_call", "tail_of"]
+__all__ = ["ROUNDED", "TRAINING_REWRITES", "Keeping", "Tail", "TrainingRewrite", "is_training_call", "relied_on", "tail_of"]
 
 #: Edits the graph, and tells what it did where.
 TrainingRewrite = Callable[[Keeping], Iterator[Change]]

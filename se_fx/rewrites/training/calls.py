@@ -5,19 +5,22 @@ Each does exactly what it stands for, and so in eager mode without gradients, an
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import inspect
+import weakref
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.module import _has_any_global_hook
 from torch.overrides import TorchFunctionMode
 
-from se_fx.regions import hooked
-from se_fx.rewrites.training.recipes import Recipe, Recomputed, is_kept
+from se_fx.regions import hooked, own_class
+from se_fx.rewrites.training.recipes import Recipe
+from se_fx.rewrites.training.saving import has_hooks_around, is_kept, recomputed
 
 __all__ = [
     "BatchNorm",
@@ -27,6 +30,7 @@ __all__ = [
     "activated",
     "held",
     "module_or_function",
+    "name_of_class",
     "normalized",
     "product",
     "reading",
@@ -38,25 +42,28 @@ Callee = nn.Module | str  # a module, or a function of PyTorch's by its qualifie
 
 
 def normalized(
-    norm: Callee, value: Tensor, recipe: Recipe | None, tail: str, *args: Any, **kwargs: Any
+    norm: Callee, value: Tensor, recipe: Recipe | None, how: str, known: tuple[str, ...], *args: Any, **kwargs: Any
 ) -> tuple[Any, Recipe | None]:
     """``norm(value)``, and the recipe of it, from what its normalisation keeps.
 
     Args:
-        norm: runs `F.batch_norm` or `F.group_norm`, and what there is besides.
+        norm: `F.batch_norm`, `F.group_norm`, or a module that runs one of these, and activations besides.
         value: its input.
         recipe: how to compute that again; None to keep it.
-        tail: what the activations that it runs afterwards are to keep: see `activated`.
+        how: what these activations are to keep: see `activated`.
+        known: the module's class, and the activations' names in it; nothing for a function. Of any other class, it is called.
         *args: more arguments.
         **kwargs: more arguments.
     """
-    call = module_or_function(norm)
-    if torch.compiler.is_compiling() or not is_kept(value) or _is_hooked(norm):
-        return call(value, *args, **kwargs), None
-    watch, keeps = _Watch(value, recipe, tail), recipe and Recomputed(value, recipe)
-    with keeps or contextlib.nullcontext(), watch:
-        result = call(value, *args, **kwargs)
-    return result, watch.recipe if watch.result is result else None
+    if not is_kept(value) or (isinstance(norm, nn.Module) and (name_of_class(norm) != known[0] or _is_hooked(norm))):
+        return module_or_function(norm)(value, *args, **kwargs), None
+    result, run, sources = recomputed(_normalize, value, (norm, args, kwargs), {}, recipe)
+    again = None if run is None else Recipe(run, value if recipe is None else recipe, *sources)
+    for name in known[1:]:
+        part = getattr(norm, name)
+        following = repeated(part, again)
+        result, again = activated(part, result, again, following, how), following
+    return result, again
 
 
 class BatchNorm(NamedTuple):
@@ -82,50 +89,25 @@ class GroupNorm(NamedTuple):
     eps: float = 1e-5
 
 
-class _Watch(TorchFunctionMode):
-    """Has a norm tell how its result is computed: by which statistics, and what runs on what they give."""
-
-    def __init__(self, value: Tensor, source: Recipe | None, tail: str) -> None:
-        super().__init__()
-        self.value, self.source, self.tail = value, source, tail
-        self.result: Any = None
-        self.recipe: Recipe | None = None
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func in (F.batch_norm, F.group_norm) and self.result is None:
-            is_batch = func is F.batch_norm
-            self.result = (
-                self._batch_norm(BatchNorm(*args, **kwargs)) if is_batch else self._group_norm(GroupNorm(*args, **kwargs))
-            )
-            return self.result
-        if self.recipe is not None and args and args[0] is self.result:
-            again = Recipe(functools.partial(_applied, func, args[1:], kwargs), self.recipe)
-            self.result, self.recipe = (
-                _keeping_recipes(func, self.result, self.recipe, again, args[1:], kwargs, self.tail),
-                again,
-            )
-            return self.result
-        return func(*args, **kwargs)
-
-    def _batch_norm(self, call: BatchNorm) -> Tensor:
-        input, running_mean, running_var, weight, bias, training, momentum, eps = call
-        if input is not self.value or input.numel() == input.shape[1]:
-            return F.batch_norm(*call)
-        source = input if self.source is None else self.source
-        if not training:
-            self.recipe = Recipe(_Fixed(eps), source, weight, bias, running_mean, running_var)
-            return F.batch_norm(*call)
-        operands = (input, weight, bias, running_mean, running_var)
-        result, mean, invstd, *_ = torch._batch_norm_impl_index(*operands, True, momentum, eps, torch.backends.cudnn.enabled)
-        self.recipe = Recipe(_Normalized(eps), source, weight, bias, mean, invstd, by_sample=mean.dtype in _PRECISE)
-        return result
-
-    def _group_norm(self, call: GroupNorm) -> Tensor:
-        input, num_groups, weight, bias, eps = call
-        if input is self.value:
-            self.recipe = Recipe(_Grouped(num_groups, eps), input if self.source is None else self.source, weight, bias)
-        return F.group_norm(*call)
+def _normalize(value: Tensor, norm: Callee, args: Any, kwargs: Any) -> tuple[Tensor, Any, Any]:
+    """What a norm gives, and how to compute it again: a function and what that needs besides the value; None if unknown."""
+    if isinstance(norm, _BatchNorm):
+        given: Any = norm
+        result = _BatchNorm.forward(norm, value)
+        is_training = norm.training or (norm.running_mean is None and norm.running_var is None)
+    elif isinstance(norm, nn.GroupNorm):
+        return nn.GroupNorm.forward(norm, value), _Grouped(norm.num_groups, norm.eps), (norm.weight, norm.bias)
+    elif module_or_function(norm) is F.group_norm:
+        grouped = GroupNorm(value, *args, **kwargs)
+        return F.group_norm(*grouped), _Grouped(grouped.num_groups, grouped.eps), (grouped.weight, grouped.bias)
+    else:
+        given = BatchNorm(value, *args, **kwargs)
+        result, is_training = F.batch_norm(*given), given.training
+    if not is_training:
+        return result, _Fixed(given.eps), (given.weight, given.bias, given.running_mean, given.running_var)
+    mean, invstd = (getattr(result.grad_fn, name, None) for name in ("_saved_result1", "_saved_result2"))
+    run = None if mean is None or invstd is None else _Normalized(given.eps)
+    return result, run, (given.weight, given.bias, mean, invstd)
 
 
 def activated(
@@ -144,7 +126,7 @@ def activated(
         **kwargs: more arguments.
     """
     call = module_or_function(callee)
-    if recipe is None or again is None or not is_kept(value) or _is_hooked(callee):
+    if recipe is None or again is None:
         return call(value, *args, **kwargs)
     return _keeping_recipes(call, value, recipe, again, args, kwargs, how)
 
@@ -152,11 +134,9 @@ def activated(
 def _keeping_recipes(call: Any, value: Tensor, recipe: Recipe, again: Recipe, args: Any, kwargs: Any, how: str) -> Any:
     if how == "as ever":
         return call(value, *args, **kwargs)
-    keeps = Recomputed(value, recipe, settles=True)
-    with keeps:
-        result = _applied(call, args, kwargs, value) if how == "apart" else call(value, *args, **kwargs)
-    keeps.settle(result, again)
-    return result
+    if how == "apart":
+        return recomputed(functools.partial(_applied, call, args, kwargs), value, (), {}, recipe, again)
+    return recomputed(call, value, args, kwargs, recipe, again)
 
 
 def _applied(call: Any, args: Any, kwargs: Any, value: Tensor) -> Any:
@@ -222,8 +202,8 @@ class _Normalized:
     def __call__(self, input: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, invstd: Tensor) -> Tensor:
         if mean.dtype not in _PRECISE:  # rounded: the batch itself knows better
             return torch.native_batch_norm(input, weight, bias, None, None, True, 0.0, self.eps)[0]
-        weight, bias = (each if each is None else each.to(mean.dtype) for each in (weight, bias))
-        return torch.native_batch_norm(input, weight, bias, mean, invstd**-2, False, 0.0, 0.0)[0]
+        weight, bias = (each if each is None or each.dtype == mean.dtype else each.to(mean.dtype) for each in (weight, bias))
+        return torch.native_batch_norm(input, weight, bias, mean, invstd.pow(-2), False, 0.0, 0.0)[0]
 
 
 _PRECISE = (torch.float32, torch.float64)
@@ -253,11 +233,13 @@ def scaled(recipe: Recipe | None, gate: Tensor) -> Recipe | None:
 
 def product(value: Tensor, gate: Tensor, recipe: Recipe | None) -> Tensor:
     """``value * gate``, for which only the recipe of the value is kept, if there is one."""
-    if recipe is None or not is_kept(value):
+    if recipe is None:
         return value * gate
-    keeps = Recomputed(value, recipe)
-    with keeps:
-        return _Product.apply(value, gate, keeps) if _is_by_sample(value, gate) else value * gate
+    is_by_sample, readers = _is_by_sample(value, gate), recipe.shelf.readers
+    result: Tensor = recomputed(_Product.apply if is_by_sample else torch.mul, value, (gate,), {}, recipe)
+    if is_by_sample and recipe.shelf.readers > readers:
+        result.grad_fn.kept = weakref.ref(recipe)  # type: ignore[union-attr]  # it lives as long as autograd keeps it
+    return result
 
 
 class _Product(torch.autograd.Function):
@@ -267,24 +249,24 @@ class _Product(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, value: Tensor, gate: Tensor, keeps: Recomputed) -> Tensor:
+    def forward(ctx: Any, value: Tensor, gate: Tensor) -> Tensor:
         ctx.save_for_backward(value if ctx.needs_input_grad[1] else None, gate)
-        ctx.keeps = keeps
+        ctx.kept = None
         return value * gate
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        last = ctx.keeps.last and ctx.keeps.last()
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        recipe = ctx.kept and ctx.kept()
         for_gate = None
-        if last is None or torch.is_grad_enabled():
+        if recipe is None or torch.is_grad_enabled():
             value, gate = ctx.saved_tensors
             if ctx.needs_input_grad[1]:
                 for_gate = (gradient * value).sum_to_size(gate.shape)
         else:
-            with last.spared():
+            with recipe.spared():
                 _, gate = ctx.saved_tensors
-            for_gate = last.times(gradient)
-        return gradient * gate if ctx.needs_input_grad[0] else None, for_gate, None
+            for_gate = recipe.times(gradient)
+        return gradient * gate if ctx.needs_input_grad[0] else None, for_gate
 
 
 #: Bytes of maps that leave the CPU's caches: what is as large is made sample by sample.
@@ -293,19 +275,18 @@ LARGE = 4 * 2**20
 
 def _is_by_sample(value: Tensor, gate: Tensor) -> bool:
     """Whether summing sample by sample is worth it, as it is where the CPU's caches hold one and not all, and right."""
+    if value.numel() * value.element_size() <= LARGE or value.device.type != "cpu" or has_hooks_around():
+        return False
     is_plain = type(value) is Tensor and type(gate) is Tensor and value.dtype == gate.dtype and value.is_floating_point()
-    of_each = value.ndim == 4 and gate.shape == (*value.shape[:2], 1, 1)
-    is_large = value.device.type == "cpu" and value.numel() * value.element_size() > LARGE
-    return is_plain and of_each and is_large and forward_ad._current_level < 0
+    return is_plain and value.ndim == 4 and gate.shape == (*value.shape[:2], 1, 1) and forward_ad._current_level < 0
 
 
 def reading(callee: Callee, value: Tensor, recipe: Recipe | None, *args: Any, **kwargs: Any) -> Any:
     """``callee(value)``, for which only the recipe of the value is kept, if there is one."""
     call = module_or_function(callee)
-    if recipe is None or not is_kept(value):
+    if recipe is None:
         return call(value, *args, **kwargs)
-    with Recomputed(value, recipe):
-        return call(value, *args, **kwargs)
+    return recomputed(call, value, args, kwargs, recipe)
 
 
 def module_or_function(callee: Callee) -> Any:
@@ -319,4 +300,18 @@ def module_or_function(callee: Callee) -> Any:
 
 
 def _is_hooked(callee: Callee) -> bool:
-    return isinstance(callee, nn.Module) and hooked(callee)
+    """Whether calling a module does more than run the code of its class."""
+    if isinstance(callee, str):
+        return False
+    return hooked(callee) or "forward" in callee.__dict__ or bool(_has_any_global_hook())  # type: ignore[no-untyped-call]
+
+
+def name_of_class(module: nn.Module) -> str:
+    """A module's own class, in code."""
+    kind: Any = own_class(module)
+    return _name_of(kind)
+
+
+@functools.cache
+def _name_of(kind: Any) -> str:
+    return f"{kind.__module__}.{kind.__qualname__}"

@@ -60,11 +60,18 @@ def squeezed(pooled: Tensor, found: Moments | None) -> Tensor:
 
 
 def normalized_by_moments(
-    norm: Callee, value: Tensor, recipe: Recipe | None, tail: str, found: Moments | None, *args: Any, **kwargs: Any
+    norm: Callee,
+    value: Tensor,
+    recipe: Recipe | None,
+    how: str,
+    known: tuple[str, ...],
+    found: Moments | None,
+    *args: Any,
+    **kwargs: Any,
 ) -> tuple[Any, Recipe | None, Moments | None]:
     """``norm(value)``, its recipe and its moments: in compiled code from those of its input, else as `normalized` does."""
     if not torch.compiler.is_compiling():
-        return (*normalized(norm, value, recipe, tail, *args, **kwargs), None)
+        return (*normalized(norm, value, recipe, how, known, *args, **kwargs), None)
     by_moments = _ByMoments(value, measured(value) if found is None else found)
     with by_moments:
         result = module_or_function(norm)(value, *args, **kwargs)
@@ -177,6 +184,6 @@ def _by_moments(keeping: Keeping, norm: fx.Node, found: fx.Node | None) -> fx.No
     normalize(keeping, norm, None)
     pair = keeping.pair(norm)
     pair.target = normalized_by_moments
-    pair.args = (*pair.args[:4], found, *pair.args[4:])
+    pair.args = (*pair.args[:5], found, *pair.args[5:])
     with keeping.graph.inserting_after(keeping.woven.recipes[norm]):
         return keeping.graph.call_function(operator.getitem, (pair, 2))

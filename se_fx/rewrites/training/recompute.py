@@ -88,7 +88,7 @@ def recompute_readers(keeping: Keeping) -> Iterator[Change]:
         with keeping.graph.inserting_after(node):
             again = insert_wrapped(keeping, node, scaled, None, gate)
         with keeping.graph.inserting_before(again):
-            known = keeping.woven.recipes.get(unit.scale.value)
+            known = keeping.woven.recipes.get(unit.scale.value) if unit.scale.node in keeping.woven.values else None
             again.args = (known or insert_wrapped(keeping, node, held, value), gate)
         for reader in unit.readers:
             if keeping.norm(reader):

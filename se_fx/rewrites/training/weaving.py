@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from torch import fx
 
 from se_fx.analysis import called
 from se_fx.rewrites.change import place_of
-from se_fx.rewrites.training.calls import held, normalized, repeated
+from se_fx.rewrites.training.calls import activated, held, name_of_class, normalized, repeated
 from se_fx.rewrites.training.keeping import Keeping, Unit, Way, name_of
 
-__all__ = ["callee", "exchange", "insert_wrapped", "is_training_call", "names_of", "normalize", "weave"]
+__all__ = ["callee", "exchange", "insert_wrapped", "is_training_call", "names_of", "normalize", "relied_on", "weave"]
 
 
 def weave(keeping: Keeping, unit: Unit, way: Way) -> fx.Node | None:
@@ -47,7 +47,9 @@ def normalize(keeping: Keeping, norm: fx.Node, recipe: fx.Node | None) -> None:
     with keeping.graph.inserting_before(norm):
         module = callee(keeping, norm)
         value, *rest = norm.args
-        pair = insert_wrapped(keeping, norm, normalized, module, value, recipe, "as ever", *rest, **norm.kwargs)
+        its_own, tail = called(norm, keeping.modules), keeping.tail_of(norm)
+        known = () if its_own is None else (name_of_class(its_own), *(tail.names if tail else ()))
+        pair = insert_wrapped(keeping, norm, normalized, module, value, recipe, "as ever", known, *rest, **norm.kwargs)
         result, found = (keeping.graph.call_function(operator.getitem, (pair, place)) for place in (0, 1))
     keeping.woven.recipes[norm] = found
     exchange(keeping, norm, result)
@@ -80,6 +82,17 @@ def exchange(keeping: Keeping, old: fx.Node, new: fx.Node) -> None:
 def names_of(nodes: tuple[fx.Node, ...]) -> str:
     """Places, for people."""
     return ", ".join(map(place_of, nodes))
+
+
+def relied_on(graph: fx.Graph) -> Iterator[str]:
+    """The modules that recipes take for what they were when these were put in: activations."""
+    for node in graph.nodes:
+        callee = node.args[0] if is_training_call(node) and node.args else None
+        if isinstance(callee, fx.Node) and callee.op == "get_attr":
+            if node.target in (activated, repeated):
+                yield str(callee.target)
+            elif len(node.args) > 4 and isinstance(node.args[4], tuple):  # a norm's
+                yield from (f"{callee.target}.{name}" for name in node.args[4][1:])
 
 
 def is_training_call(node: fx.Node) -> bool:
