@@ -83,11 +83,11 @@ def variants(name: str, compiled: bool) -> dict[str, nn.Module]:
 
 
 def largest_batch(model: nn.Module, size: int, limit: int) -> int:
-    """The most images whose kept bytes fit, from those of two batches: they grow by as much with each image."""
-    kept = [activation_bytes(model, torch.empty(batch, 3, size, size, device="meta")) or 0 for batch in (2, 3)]
+    """The most images whose kept bytes fit, from those of two batches, in which every map is large enough to count."""
+    kept = [activation_bytes(model, torch.empty(batch, 3, size, size, device="meta")) or 0 for batch in (32, 33)]
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     each = kept[1] - kept[0]
-    return max(0, (limit - 2 * weights - (kept[0] - 2 * each)) // each)
+    return max(0, (limit - 2 * weights - (kept[0] - 32 * each)) // each)
 
 
 def main() -> None:

@@ -74,7 +74,8 @@ def _put_at_once(value: Tensor, recipe: Recipe | None, result: Any, again: Recip
     """Put a recipe where the last operator has saved what it is of, as nearly all do that save it."""
     first = result[0] if isinstance(result, tuple) else result
     node = getattr(first, "grad_fn", None)
-    for name, raw in _names_saved(type(node)):
+    kind: Any = type(node)
+    for name, raw in _names_saved(kind):
         known = _known(_read(node, name), value, recipe, result, again)
         if known is not None:
             _put(known, getattr(node, raw))
@@ -114,7 +115,7 @@ def _saved_since(first: int, result: Any) -> Iterator[tuple[Tensor | None, Any]]
 
 
 @functools.cache
-def _names_saved(kind: type) -> list[tuple[str, str]]:
+def _names_saved(kind: Any) -> list[tuple[str, str]]:
     """The attributes of operators' nodes that are what autograd has saved: tensors, and what takes hooks for them."""
     raw = [name for name in dir(kind) if name.startswith("_raw_saved_")]
     names = [name.removeprefix("_raw") for name in raw]
