@@ -7,7 +7,7 @@ whose kept bytes, with two times the parameters (weights and gradients), are wit
 neither changes what is computed.
 
     python examples/benchmarks/training.py
-    python examples/benchmarks/training.py --compiled --channels-last
+    python examples/benchmarks/training.py --compiled --channels-last --networks resnet50 --blocks residual
     python examples/benchmarks/training.py --device cuda --batch 128 --size 224 --bf16 --channels-last
     python examples/benchmarks/training.py --quick
 """
@@ -68,10 +68,16 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], dict[str, Callable[[], nn.Mod
 }
 
 
-def variants(name: str, compiled: bool) -> dict[str, nn.Module]:
+#: All kinds of blocks, by name.
+BLOCKS = list(dict.fromkeys(title for _, blocks in NETWORKS.values() for title in blocks))
+
+
+def variants(name: str, compiled: bool, chosen: list[str]) -> dict[str, nn.Module]:
     plain, blocks = NETWORKS[name]
     models = {f"{name}, no blocks": plain()}
     for title, make in blocks.items():
+        if title not in chosen:
+            continue
         try:
             model = make()
         except ImportError:
@@ -93,6 +99,7 @@ def largest_batch(model: nn.Module, size: int, limit: int) -> int:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS), metavar="NAME", help="which of them")
+    parser.add_argument("--blocks", nargs="+", choices=BLOCKS, default=BLOCKS, metavar="NAME", help=f"which of {BLOCKS}")
     parser.add_argument("--size", type=int, default=160, metavar="PIXELS", help="height and width of images (default: 160)")
     parser.add_argument("--batch", type=int, default=4, metavar="N", help="images in a step (default: 4)")
     parser.add_argument("--gib", type=float, default=8, help="memory for the largest batch (default: 8)")
@@ -107,7 +114,7 @@ def main() -> None:
         arguments.size, arguments.batch, arguments.rounds = 64, 2, 2
 
     for name in arguments.networks:
-        models = variants(name, arguments.compiled)
+        models = variants(name, arguments.compiled, arguments.blocks)
         result = se_fx.bench(
             models,
             torch.rand(1, 3, arguments.size, arguments.size),
