@@ -126,13 +126,7 @@ def activated(
         **kwargs: more arguments.
     """
     call = module_or_function(callee)
-    if recipe is None or again is None:
-        return call(value, *args, **kwargs)
-    return _keeping_recipes(call, value, recipe, again, args, kwargs, how)
-
-
-def _keeping_recipes(call: Any, value: Tensor, recipe: Recipe, again: Recipe, args: Any, kwargs: Any, how: str) -> Any:
-    if how == "as ever":
+    if recipe is None or again is None or how == "as ever":
         return call(value, *args, **kwargs)
     if how == "apart":
         return recomputed(functools.partial(_applied, call, args, kwargs), value, (), {}, recipe, again)
@@ -211,7 +205,7 @@ _PRECISE = (torch.float32, torch.float64)
 
 def held(value: Tensor) -> Recipe | None:
     """The recipe of a value that is kept anyway."""
-    return None if torch.compiler.is_compiling() or not is_kept(value) else Recipe(_same, value)
+    return Recipe(_same, value) if is_kept(value) else None
 
 
 def _same(value: Tensor) -> Tensor:
