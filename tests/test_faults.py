@@ -227,9 +227,8 @@ def test_an_error_anywhere_leaves_everything_as_it_was() -> None:
         places = [(KeyboardInterrupt, function, 1) for function in fresh]
         places += [(MemoryError, function, calls[function]) for function in fresh[::8]]
         model, optimizers = prepared(name)
-        raised, there = 0, functions()
+        raised, there, before = 0, functions(), world(model, optimizers)
         for error, function, number in places:
-            before = world(model, optimizers)
             known, injected = there.get(function, []), error("injected")
             simple = number == 1 and len(known) == 1 and not known[0].__code__.co_freevars
             with struck(known[0], injected) if simple else watched(Calls(), injected, function, number):
@@ -240,6 +239,7 @@ def test_an_error_anywhere_leaves_everything_as_it_was() -> None:
                 faults.append((error.__name__, function, number, changed))
             if changed:
                 model, optimizers = prepared(name)
+                before = world(model, optimizers)
         assert raised > len(places) / 2
     assert not faults, "\n".join(map(str, faults))
 
