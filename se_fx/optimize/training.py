@@ -169,8 +169,9 @@ def _assembled(captured: Capture, views: dict[str, dict[bool, fx.GraphModule]], 
             for graph in graphs.values():
                 _leave_scaling_to_nodes(module, graph)
             kinds = {"as_graph_module": as_graph_module, "replaceable": replaceable}
-            fixed = {name for graph in graphs.values() for name in relied_on(graph)}
-            run_graphs(module, graphs, entered=region.entered(), fixed=sorted(fixed), **kinds)
+            activations, norms = (set().union(*names) for names in zip(*map(relied_on, graphs.values()), strict=True))
+            parts = {f"{norm}.{name}" for norm in norms for name, _ in module.get_submodule(norm).named_modules() if name}
+            run_graphs(module, graphs, entered=region.entered(), fixed=activations | parts, read=norms, **kinds)
     return model
 
 

@@ -45,7 +45,12 @@ def watch(modules: Iterable[Named]) -> Watched:
         modules: names for errors, modules, and the classes whose code they run.
     """
     inherited = functools.cache(_inherited)  # while this runs
-    return [(name, module, _readable(module, words(own), inherited(own, words(own)))) for name, module, own in modules]
+    return [(name, module, _readable(module, _asked(own), inherited(own, _asked(own)))) for name, module, own in modules]
+
+
+def _asked(own: Any) -> frozenset[str]:
+    """The names that a class's code knows, and those of what PyTorch's class that it inherits from takes for constant."""
+    return words(own) | frozenset(getattr(own, "__constants__", ()))
 
 
 def reached(modules: Sequence[Named], among: Iterable[Named]) -> Watched:

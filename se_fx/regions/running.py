@@ -122,6 +122,7 @@ def run_graphs(
     as_graph_module: bool,
     entered: Iterable[str] | None = None,
     fixed: Iterable[str] = (),
+    read: Iterable[str] = (),
     replaceable: bool = True,
     keeps_class: bool = True,
 ) -> None:
@@ -134,6 +135,7 @@ def run_graphs(
         entered: the names of the modules whose code is in the graphs, its own (empty) first: what makes the graphs stale is
             watched there. None, and they never are.
         fixed: the names of modules that the graphs call, and that make them stale if others take their places.
+        read: the names of modules whose code the graphs know, though these call them, or others that take their places.
         replaceable: whether the module's code holds the same blocks, and may run where the graphs are stale.
         keeps_class: whether an `fx.GraphModule` stays of its own class too, even if that has no `train()` or the like.
     """
@@ -145,7 +147,7 @@ def run_graphs(
     module.__dict__.update(
         _graphs=dict(graphs),
         _watched=watch(inner),
-        _reached=reached(inner, named(module)) if names else [],
+        _reached=reached(inner, named(module)) + watch(named(module, read)) if names else [],
         _children=[*fixed_children(module, set(graphs.values())), *(_placed(module, each) for each in fixed)] if names else [],
         _hosts=[each for each in module.modules() if "_between" in each.__dict__ or "_holding" in each.__dict__]
         if names

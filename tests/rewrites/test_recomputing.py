@@ -259,6 +259,16 @@ def test_an_activation_that_another_takes_the_place_of(fused: bool, make: Callab
     assert_alike(step(lean, X), step(model, X))
 
 
+def test_a_part_that_did_nothing_and_is_replaced_later_and_parts_within_parts() -> None:
+    norm = NormAct(CHANNELS)
+    norm.act = nn.Sequential(nn.Identity(), nn.SiLU(inplace=True))
+    model, lean = optimized(nn.Sequential(conv(), norm, Gate(), conv()))
+    assert_alike(step(copy.deepcopy(lean), X), step(copy.deepcopy(model), X))
+    for each in (model, lean):
+        each[1].act[0] = nn.LeakyReLU()
+    assert_alike(step(lean, X), step(model, X))
+
+
 class Random(nn.Module):
     """Gives something else at each call."""
 
@@ -312,6 +322,30 @@ def test_norms_of_others_that_do_what_theirs_does_and_an_activation(kind: type[N
     model, lean = optimized(nn.Sequential(conv(), kind(CHANNELS), Gate(), conv()))
     steps = {step.rewrite: step.changes for step in se_fx.report(lean).steps}
     assert [change.applied for change in steps["recompute_activations"]] == [known]
+    assert_alike(step(lean, X), step(model, X))
+
+
+class Switched(NormAct):
+    """Its activation can be switched off; its momentum stands in its code."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels)
+        self.active = True
+
+    def forward(self, input: Tensor) -> Tensor:
+        if self.training:
+            self.num_batches_tracked.add_(1)
+        operands = (self.running_mean, self.running_var, self.weight, self.bias)
+        normed = nn.functional.batch_norm(input, *operands, self.training, 0.1, self.eps)
+        return self.act(normed) if self.active else normed
+
+
+@pytest.mark.parametrize(("attribute", "value"), [("active", False), ("momentum", 0.5), ("eps", 0.5)])
+def test_norms_of_others_that_are_set_otherwise_later(attribute: str, value: Any) -> None:
+    model, lean = optimized(nn.Sequential(conv(), Switched(CHANNELS), Gate(), conv()))
+    assert kept_maps(copy.deepcopy(lean), X) < kept_maps(copy.deepcopy(model), X)
+    for each in (model, lean):
+        setattr(each[1], attribute, value)
     assert_alike(step(lean, X), step(model, X))
 
 

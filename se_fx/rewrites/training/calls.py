@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import operator
 import weakref
 from typing import Any, NamedTuple
 
@@ -60,7 +61,7 @@ def normalized(
     result, run, sources = recomputed(_normalize, value, (norm, args, kwargs), {}, recipe)
     again = None if run is None else Recipe(run, value if recipe is None else recipe, *sources)
     for name in known[1:]:
-        part = getattr(norm, name)
+        part = operator.attrgetter(name)(norm)
         following = repeated(part, again)
         result, again = activated(part, result, again, following, how), following
     return result, again

@@ -45,13 +45,14 @@ def tail_of(module: fx.GraphModule, norm: nn.Module, training: bool) -> Tail | N
     if len(found) != 1 or not _is_inherited(found[0], algebra, norm, training):
         return None
     names: list[str] = []
+    calls = {node for node in module.graph.nodes if node.op == "call_module"}
     node, keeps_result, how = found[0], False, "recipes"
     while True:
         (reader, *others) = node.users
         if others:
             return None
         if reader.op == "output":
-            return Tail(tuple(names), keeps_result, how) if reader.args == (node,) else None
+            return Tail(tuple(names), keeps_result, how) if reader.args == (node,) and not calls else None
         effect, part = algebra.effects.of(reader), called(reader, algebra.modules)
         if part is None or reader.args != (node,) or not effect.known or effect.remembers:
             return None
@@ -64,6 +65,7 @@ def tail_of(module: fx.GraphModule, norm: nn.Module, training: bool) -> Tail | N
                 how = "apart" if is_left(reader, algebra.modules, _SOME_MAP) else "as ever"
             names.append(str(reader.target))
             keeps_result = kept.result
+        calls.discard(reader)
         node = reader
 
 
@@ -84,20 +86,7 @@ def _is_inherited(call: fx.Node, algebra: Algebra, norm: Any, training: bool) ->
     writing = [node for node in nodes if node.op[:5] == "call_" and algebra.effects.of(node).writes and node is not call]
     own = [node for node in writing if node.op != "call_module" and node.target is not torch._assert]
     is_counted = all(node.args[1:] == (1,) and getattr(node.args[0], "target", "") == "num_batches_tracked" for node in own)
-    is_alone = {node for node in nodes if node.op == "call_module"} <= _behind(call)
-    return (
-        given == {"input": placeholder.target, **expected}
-        and [node.target for node in own] == counted
-        and is_counted
-        and is_alone
-    )
-
-
-def _behind(node: fx.Node) -> set[fx.Node]:
-    found = set(node.users)
-    for user in node.users:
-        found |= _behind(user)
-    return found
+    return given == {"input": placeholder.target, **expected} and [node.target for node in own] == counted and is_counted
 
 
 _SOME_MAP = torch.empty(2, 3, 8, 8, device="meta")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 from torch import fx
@@ -84,15 +84,17 @@ def names_of(nodes: tuple[fx.Node, ...]) -> str:
     return ", ".join(map(place_of, nodes))
 
 
-def relied_on(graph: fx.Graph) -> Iterator[str]:
-    """The modules that recipes take for what they were when these were put in: activations."""
+def relied_on(graph: fx.Graph) -> tuple[set[str], set[str]]:
+    """What a graph with recipes takes for what it was: activations, by name; and norms of others, of whose code it knows."""
+    activations, norms = set(), set()
     for node in graph.nodes:
         callee = node.args[0] if is_training_call(node) and node.args else None
         if isinstance(callee, fx.Node) and callee.op == "get_attr":
             if node.target in (activated, repeated):
-                yield str(callee.target)
-            elif len(node.args) > 4 and isinstance(node.args[4], tuple):  # a norm's
-                yield from (f"{callee.target}.{name}" for name in node.args[4][1:])
+                activations.add(str(callee.target))
+            elif len(node.args) > 4 and isinstance(node.args[4], tuple) and not str(node.args[4][0]).startswith("torch."):
+                norms.add(str(callee.target))  # of a class of others
+    return activations, norms
 
 
 def is_training_call(node: fx.Node) -> bool:
