@@ -195,6 +195,20 @@ def anchors_of(page: Path) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_tables_are_whole(page: Path) -> None:
+    """A blank line within a table makes text of the rows after it."""
+    for table in re.findall(r"(?:^\|.*\n)+", BLOCK.sub("", page.read_text("utf-8")), re.MULTILINE):
+        assert re.match(r".*\n\|[ :|-]+\|\n", table), f"{page.name}: {table}"
+
+
+def test_tests_that_pages_name_exist() -> None:
+    tests = "".join(path.read_text("utf-8") for path in (ROOT / "tests").rglob("*.py"))
+    for page in PAGES:
+        for name in re.findall(r"`(test_\w+)`", page.read_text("utf-8")):
+            assert f"def {name}(" in tests, f"{page.name}: {name}"
+
+
 @pytest.mark.parametrize("project", ["torch", "python"])
 def test_inventories_are_what_their_script_writes(project: str) -> None:
     script = runpy.run_path(str(ROOT / "docs/_inventories/make.py"))
