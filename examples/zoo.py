@@ -184,28 +184,28 @@ def same_leaf(a: Any, b: Any) -> bool:
 def check(name: str, attempts: Callable[[str], Iterator[Attempt]], modes: tuple[bool, ...]) -> Row | None:
     """One model's row; None for a model without Conv2d."""
     found = load(name, attempts, modes)
-    return check_transform(name, *found, modes) if isinstance(found, tuple) else found
+    return check_transform(name, Original(*found, modes)) if isinstance(found, tuple) else found
 
 
 def check_in_place(name: str, attempts: Callable[[str], Iterator[Attempt]], modes: tuple[bool, ...]) -> Row | None:
     """One model's row, of blocks that are put into it at each placement in turn."""
     found = load(name, attempts, modes)
-    return check_placements(name, *found, modes) if isinstance(found, tuple) else found
+    return check_placements(name, Original(*found, modes)) if isinstance(found, tuple) else found
 
 
-def check_transform(name: str, model: nn.Module, args: tuple[Any, ...], modes: tuple[bool, ...]) -> Row:
+def check_transform(name: str, before: Original) -> Row:
     start = time.perf_counter()
-    rewritten = se_fx.transform(model.eval(), min_channels=1, latent_channels=4, init="identity")
+    rewritten = se_fx.transform(before.model.eval(), min_channels=1, latent_channels=4, init="identity")
     seconds = time.perf_counter() - start
     report = se_fx.report(rewritten)
     kind = "graph" if "" in report.regions else "own class"
-    result = compare(model, rewritten, args, modes) if report.sites else "no site"
+    result = before.difference_transformed(rewritten) or "equal" if report.sites else "no site"
     return Row(name, kind, len(report.regions), len(report.sites), seconds, result)
 
 
-def check_placements(name: str, model: nn.Module, args: tuple[Any, ...], modes: tuple[bool, ...]) -> Row:
+def check_placements(name: str, before: Original) -> Row:
     """Blocks in the model itself, at each placement that it has places for, and gone again before the next."""
-    before = Original(model.eval(), args, modes)
+    model = before.model.eval()
     done, sites, seconds = [], 0, 0.0
     for placement in se_fx.placement.PLACEMENTS:
         with undone(model):
@@ -242,7 +242,7 @@ class Original:
     """What a model is and does, noted before blocks are put into it."""
 
     def __init__(self, model: nn.Module, args: tuple[Any, ...], modes: tuple[bool, ...]) -> None:
-        self.args = args
+        self.model, self.args = model, args
         self.refused = False  # whether hooks were, with the reason
         self.modules = dict(model.named_modules())
         self.leaves = {key: each for key, each in self.modules.items() if not each._modules}
@@ -273,8 +273,10 @@ class Original:
                 hook.remove()
         return outputs, after, calls
 
-    def run_again(self, model: nn.Module, training: bool) -> tuple[Any, ...]:
-        """The same; of a model that refuses hooks, the first two."""
+    def run_again(self, model: nn.Module, training: bool, hooked: bool) -> tuple[Any, ...]:
+        """The same; without hooks, or of a model that refuses them, the first two."""
+        if not hooked:
+            return self.run(model, training, hooked)[:2]
         try:
             return self.run(model, training)
         except se_fx.SqueezeExciteError as error:
@@ -283,15 +285,25 @@ class Original:
             self.refused = True
             return self.run(model, training, hooked=False)[:2]
 
-    def difference(self, model: nn.Module) -> str:
-        """How the model is not, now that it has blocks, what it was, or does not what it did; empty where all is equal."""
-        state, modules = model.state_dict(keep_vars=True), dict(model.named_modules())
+    def difference_transformed(self, model: nn.Module) -> str:
+        """How a graph of the model, with blocks, is not the model; empty where keys, Parameters, outputs, buffers are equal."""
+        return self.difference_of_state(model) or self.difference_of_runs(model, self.runs, hooked=False)
+
+    def difference_of_state(self, model: nn.Module) -> str:
+        state = model.state_dict(keep_vars=True)
         if any(state.get(key) is not value for key, value in self.state.items() if isinstance(value, Tensor)):
             return "keys or Parameters lost"
+        return "foreign keys" if any(map(is_foreign, state.keys() - self.state.keys())) else ""
+
+    def difference(self, model: nn.Module) -> str:
+        """How the model is not, now that it has blocks, what it was, or does not what it did; empty where all is equal."""
+        if lost := self.difference_of_state(model):
+            return lost
+        modules = dict(model.named_modules())
         if any(modules.get(key) is not value for key, value in self.modules.items()):
             return "modules lost"
-        if any(map(is_foreign, (state | modules).keys() - (self.state | self.modules).keys())):
-            return "foreign keys"
+        if any(map(is_foreign, modules.keys() - self.modules.keys())):
+            return "foreign modules"
         for key, own in self.classes.items():
             if not isinstance(modules[key], own):
                 return f"class of {key} lost"
@@ -312,10 +324,10 @@ class Original:
             return "keys or Parameters not as they were, removed"
         return f"{difference}, removed" if (difference := self.difference_of_runs(removed, list(self.runs)[-1:])) else ""
 
-    def difference_of_runs(self, model: nn.Module, modes: Iterable[bool]) -> str:
+    def difference_of_runs(self, model: nn.Module, modes: Iterable[bool], hooked: bool = True) -> str:
         for training in modes:
             what = ("outputs", "buffers", "calls")
-            for each, found, known in zip(what, self.run_again(model, training), self.runs[training], strict=False):
+            for each, found, known in zip(what, self.run_again(model, training, hooked), self.runs[training], strict=False):
                 if not same(found, known):
                     return f"{each} differ in {'train' if training else 'eval'} mode"
         return ""
@@ -364,8 +376,9 @@ def check_stranger(name: str, attempts: Callable[[str], Iterator[Attempt]], mode
     found = load(name, attempts, modes)
     if not isinstance(found, tuple):
         return found
-    in_place = check_placements(name, *found, modes)
-    row = check_transform(name, *found, modes) if in_place.good else in_place
+    before = Original(*found, modes)
+    in_place = check_placements(name, before)
+    row = check_transform(name, before) if in_place.good else in_place
     if not row.good:
         return row
     return dataclasses.replace(row, result=in_place.result, optimized=difference(*found))
@@ -430,25 +443,6 @@ def describe(build: Callable[[], nn.Module]) -> tuple[int, bool]:
         model = with_noise(build)
     size = sum(p.numel() * p.element_size() for p in model.parameters())
     return size, any(isinstance(module, nn.Conv2d) for module in model.modules())
-
-
-def compare(model: nn.Module, rewritten: nn.Module, args: tuple[Any, ...], modes: tuple[bool, ...]) -> str:
-    state, new_state = model.state_dict(keep_vars=True), rewritten.state_dict(keep_vars=True)
-    if any(new_state.get(key) is not value for key, value in state.items()):
-        return "keys or Parameters lost"
-    if any(map(is_foreign, new_state.keys() - state.keys())):
-        return "foreign keys"
-    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    for training in modes:
-        outputs = []
-        for each in (model, rewritten):
-            for name, buffer in model.named_buffers():  # the two share them
-                buffer.copy_(buffers[name])
-            output = seeded(each.train(training), args_for(model, args))
-            outputs.append((output, [buffer.clone() for buffer in model.buffers()]))
-        if not same(*outputs):
-            return f"differs in {'train' if training else 'eval'} mode"
-    return "equal"
 
 
 def run(zoo: str, pattern: str, modes: tuple[bool, ...], after: str = "", in_place: bool = False) -> Iterator[Row]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import sys
 from collections.abc import Iterator
-from typing import Any
 
 import pytest
 import torch
@@ -56,8 +55,8 @@ def test_torchvision(name: str) -> None:
     assert (found is None) == (name in VIDEO)
     if found is None:
         return
-    model, args = found
-    row = zoo.check_transform(name, model, args, modes)
+    before = zoo.Original(*found, modes)
+    model, row = before.model, zoo.check_transform(name, before)
     assert row.result == "equal"
     assert row.sites > 0
     assert row.kind == ("own class" if name in DETECTORS or name.startswith("raft") else "graph")
@@ -68,15 +67,15 @@ def test_torchvision(name: str) -> None:
             assert name.startswith(UNITLESS)
             continue
         assert len(se_fx.Plan.of(rewritten)) > 0
-        assert zoo.compare(model, rewritten, args, modes) == "equal"
+        assert before.difference_transformed(rewritten) == ""
         assert type(se_fx.remove(rewritten)) is type(model)
     if name in TRAINED:
-        in_place(name, model, args)
+        in_place(name, before)
 
 
-def in_place(name: str, model: torch.nn.Module, args: tuple[Any, ...]) -> None:
+def in_place(name: str, before: zoo.Original) -> None:
     """At each placement the model is and does what it was and did, in both modes, and again when blocks are removed."""
-    row = zoo.check_placements(name, model, args, (False, True))
+    row = zoo.check_placements(name, before)
     assert row.result == "equal"
     assert row.kind.startswith("conv")
     assert row.sites >= len(row.kind.split(", "))
@@ -130,8 +129,8 @@ resmlp_12_224 cait_xxs24_224 volo_d1_224 davit_tiny nextvit_small tiny_vit_5m_22
 def test_timm(name: str) -> None:
     found = zoo.load(name, zoo.timm_attempts, (False, True))
     assert isinstance(found, tuple)
-    model, args = found
-    row = zoo.check_transform(name, model, args, (False, True))
+    before = zoo.Original(*found, (False, True))
+    row = zoo.check_transform(name, before)
     assert row.result == "equal"
     assert row.sites > 0
-    in_place(name, model, args)
+    in_place(name, before)
