@@ -120,14 +120,11 @@ class Effects:
         if node.op == "placeholder":
             yield from node.graph.find_nodes(op="placeholder", sort=False)
         elif node.op == "get_attr":
-            attributes = node.graph.find_nodes(op="get_attr", sort=False)
-            yield from (other for other in attributes if self._is_of_one(node, other))
-
-    def _is_of_one(self, attribute: fx.Node, other: fx.Node) -> bool:
-        """Whether two attributes are in one memory, or the same."""
-        return bool(self._memory(str(attribute.target)) == self._memory(str(other.target)))
+            memory, attributes = self._memory(str(node.target)), node.graph.find_nodes(op="get_attr", sort=False)
+            yield from (other for other in attributes if self._memory(str(other.target)) == memory)
 
     def _memory(self, attribute: str) -> Any:
+        """The memory of an attribute that is a tensor; of others, their name."""
         if attribute not in self._memories:
             found = operator.attrgetter(attribute)(self._root)
             self._memories[attribute] = found.untyped_storage()._cdata if isinstance(found, Tensor) else attribute

@@ -6,6 +6,7 @@ what it makes of constants. It is run on values at a few sizes that aren't alike
 
 from __future__ import annotations
 
+import functools
 import operator
 from collections.abc import Container, Mapping
 from typing import Any
@@ -100,15 +101,22 @@ class Evaluation:
 
     def run(self, way: list[fx.Node], known: Mapping[fx.Node, Tensor]) -> Any:
         """What the last node of a `way` yields, from these values of its starts; None where it can't be run on them."""
-        interpreter = fx.Interpreter(self.module, garbage_collect_values=False, graph=way[-1].graph)
-        interpreter.env.update(known)
+        interpreter = self._interpreter
+        interpreter.graph, interpreter.env = way[-1].graph, dict(known)
         try:
             with torch.inference_mode(False), torch.no_grad():
                 for node in way:
-                    interpreter.env[node] = interpreter.run_node(node)
+                    found = interpreter.env[node] = interpreter.run_node(node)
         except Exception:  # whatever code raises on sizes and types that it isn't made for
             return None
-        return interpreter.env[way[-1]]
+        finally:
+            interpreter.env = {}
+        return found
+
+    @functools.cached_property
+    def _interpreter(self) -> fx.Interpreter:
+        """One for all ways, since making one goes through all modules."""
+        return fx.Interpreter(self.module, garbage_collect_values=False)
 
     @unset_fake_temporarily()
     def averages(self, way: list[fx.Node], source: fx.Node, channels: int) -> bool:
