@@ -259,8 +259,9 @@ class Original:
     def run(self, model: nn.Module, training: bool, hooked: bool = True) -> tuple[Any, dict[str, Tensor], list[str]]:
         """Its outputs, its buffers afterwards, and which of the modules without children were called, in order."""
         calls: list[str] = []
+        modules = dict(model.named_modules())
         hooks = [
-            model.get_submodule(key).register_forward_hook(lambda *_, key=key: calls.append(key))  # type: ignore[misc]
+            modules[key].register_forward_hook(lambda *_, key=key: calls.append(key))  # type: ignore[misc]
             for key in (self.leaves if hooked else ())
         ]
         try:
