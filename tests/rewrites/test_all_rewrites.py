@@ -78,6 +78,34 @@ def test_changes_in_place_and_other_readers(how: str) -> None:
         assert not any(outcomes(se_fx.optimize_for_inference(model), "hoist_squeezes"))
 
 
+class ScaledInPlace(nn.Module):
+    """The product with the gate takes the place of the map."""
+
+    def __init__(self, reader: str, late: str) -> None:
+        super().__init__()
+        self.reader, self.late = reader, late
+        self.conv, self.shortcut = nn.Conv2d(NARROW, WIDE, 1), nn.Conv2d(NARROW, WIDE, 1)
+        self.norm, self.se = nn.BatchNorm2d(WIDE), Excited([], "linear", WIDE)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        shortcut, y = self.shortcut(x), self.conv(x)
+        view = y.flatten(2)
+        z = y.mul_(self.se.gate(y))
+        out = self.norm(z) if self.reader == "norm" else z + shortcut
+        return (out, {"nothing": x, "the map": y, "a view of it": view, "the product": z}[self.late] + 1)
+
+
+@pytest.mark.parametrize("late", ["nothing", "the map", "a view of it", "the product"])
+@pytest.mark.parametrize("reader", ["norm", "sum"])
+def test_what_is_scaled_in_place_and_read_again(reader: str, late: str) -> None:
+    model = settled(ScaledInPlace(reader, late))
+    for rewrites in (None, *([name] for name in REWRITES)):
+        fast = se_fx.optimize_for_inference(model, rewrites=rewrites)
+        assert_same(fast(x := images()), model(x))
+    rewrite = {"norm": "fold_norms", "sum": "fuse_scales"}[reader]
+    assert any(outcomes(se_fx.optimize_for_inference(model, rewrites=[rewrite]), rewrite)) is (late == "nothing")
+
+
 # -------------------------------------------------------------------------------------------------------- random chains
 class Chain(nn.Module):
     """Convs, norms, activations and blocks in a row, some shared, some values read twice, some changed in place."""

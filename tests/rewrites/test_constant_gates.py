@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from excited import NARROW, WIDE, Excited, assert_same, images, outcomes, settled
-from torch import nn
+from torch import Tensor, nn
 
 import se_fx
 
@@ -25,6 +25,27 @@ def test_gates_that_are_constant_become_factors_of_the_conv(style: str) -> None:
     model = settled(Excited([nn.Conv2d(NARROW, WIDE, 3)], style))
     last = [module for module in model.blocks[style].modules() if isinstance(module, nn.Conv2d)][-1]
     nn.init.zeros_(last.weight)
+    fast = se_fx.optimize_for_inference(model)
+    assert outcomes(fast, "constant_gates") == [True]
+    assert [type(fast.get_submodule(node.target)) for node in fast.graph.nodes if node.op == "call_module"] == [nn.Conv2d]
+    assert_same(fast(x := images()), model(x))
+
+
+class Linear(nn.Module):
+    """A gate that is a matrix's product, with nothing behind it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.reduce, self.expand = nn.Conv2d(NARROW, WIDE, 3), nn.Conv2d(WIDE, 4, 1), nn.Conv2d(4, WIDE, 1)
+        nn.init.zeros_(self.expand.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv(x)
+        return x * self.expand(self.reduce(x.mean((2, 3), True)).relu())
+
+
+def test_a_constant_gate_without_an_activation() -> None:
+    model = settled(Linear())
     fast = se_fx.optimize_for_inference(model)
     assert outcomes(fast, "constant_gates") == [True]
     assert [type(fast.get_submodule(node.target)) for node in fast.graph.nodes if node.op == "call_module"] == [nn.Conv2d]

@@ -111,3 +111,30 @@ def test_gates_that_are_added_are_hoisted_too() -> None:
         assert outcomes(fast, "hoist_squeezes") == [True]
         assert outcomes(fast, "vector_products") == [True, True]
         assert_same(fast(x := images()), model(x))
+
+
+class TwoWays(nn.Module):
+    """The average is read by two matrices, by one of them as (N, C), by the other as (N, C, 1, 1)."""
+
+    def __init__(self, flat_first: bool) -> None:
+        super().__init__()
+        self.flat_first = flat_first
+        self.conv = nn.Sequential(nn.Conv2d(NARROW, NARROW, 3), nn.Conv2d(NARROW, WIDE, 1))
+        self.flat, self.spatial, self.expand = nn.Linear(WIDE, 5), nn.Conv2d(WIDE, 5, 1), nn.Conv2d(5, WIDE, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv(x)
+        mean = x.mean((2, 3), True)
+        ways = [lambda: self.flat(mean.flatten(1))[:, :, None, None], lambda: self.spatial(mean)]
+        first, second = (way() for way in (ways if self.flat_first else ways[::-1]))
+        return x * self.expand((first + second).relu()).sigmoid()
+
+
+@pytest.mark.parametrize("flat_first", [True, False])
+def test_an_average_that_two_matrices_read(flat_first: bool) -> None:
+    model = settled(TwoWays(flat_first))
+    fast = se_fx.optimize_for_inference(model, rewrites=["hoist_squeezes"])
+    assert outcomes(fast, "hoist_squeezes") == [True]
+    assert_same(fast(x := images()), model(x))
+    weights = [value for name, value in fast.named_parameters() if not name.startswith("conv.")]
+    assert sorted(weight.shape[1] for weight in weights if weight.ndim > 1) == [NARROW, NARROW, 5]
