@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import pickle
 import warnings
@@ -17,7 +18,8 @@ from trained import applied, assert_close, settled
 
 import se_fx
 from se_fx import SqueezeExciteError
-from se_fx.cost import measure
+from se_fx.cost import NO_COST, measure
+from se_fx.rewrites import Change, Optimization, Step
 
 
 def small() -> nn.Module:
@@ -180,6 +182,68 @@ def test_what_was_done_is_reported() -> None:
     uncounted = se_fx.report(se_fx.optimize_for_inference(model))
     assert "bytes saved" not in str(uncounted)
     assert (uncounted.before, {step.saved for step in uncounted.steps}) == (None, {None})
+
+
+def test_reports_as_text() -> None:
+    changes = tuple(Change(f"conv{i}", i % 2 == 0, f"for reason {i}") for i in range(11))
+    steps = (Step("fold_norms", changes), Step("fuse_scales", ()))
+    counted = (
+        dataclasses.replace(steps[0], saved=se_fx.Cost(10, 2000, 4000, -5)),
+        dataclasses.replace(steps[1], saved=NO_COST),
+    )
+    lean = tuple(dataclasses.replace(step, kept_less=less) for step, less in zip(steps, (2000, 0), strict=True))
+    opaque = tuple((name, "branches on a value") for name in ("", "a", "b", "c", "d", "e"))
+    assert str(Optimization("Net", steps, opaque=opaque)) == TEXT
+    assert str(Optimization("Net", steps, opaque=opaque[1:5])).endswith("  d: branches on a value")
+    table = str(Optimization("Net", counted, se_fx.Cost(100, 20_000, 0, 50))).split("\n\n")[1]
+    assert table == COUNTED
+    report = Optimization("Net", lean, purpose="training", kept=10_000)
+    assert str(report).startswith("Net, optimised for training: rewritten in 6 places.\n\n" + LEAN)
+    assert str(Optimization("Net", steps[1:])).endswith("fuse_scales       0           0")
+
+
+TEXT = """\
+Net, optimised for inference: rewritten in 6 places.
+
+rewrite        done    not done
+-----------  ------  ----------
+fold_norms        6           5
+fuse_scales       0           0
+
+Done (all of it is in `steps`):
+  fold_norms: conv0: for reason 0
+  fold_norms: conv2: for reason 2
+  fold_norms: conv4: for reason 4
+  fold_norms: conv6: for reason 6
+  fold_norms: and 2 more
+
+Not done (all of it is in `steps`):
+  fold_norms: conv1: for reason 1
+  fold_norms: conv3: for reason 3
+  fold_norms: conv5: for reason 5
+  fold_norms: conv7: for reason 7
+  fold_norms: and 1 more
+
+Run their own code, and were not looked into:
+  the model itself: branches on a value
+  a: branches on a value
+  b: branches on a value
+  c: branches on a value
+  and 2 more"""
+
+COUNTED = """\
+rewrite                done    not done    parameters saved    MACs saved    FLOPs saved    bytes saved
+-------------------  ------  ----------  ------------------  ------------  -------------  -------------
+fold_norms                6           5                  10         2,000          4,000             -5
+fuse_scales               0           0                   0             0              0              0
+all, of the model's                                  10.00%        10.00%                       -10.00%"""
+
+LEAN = """\
+rewrite                 done    not done    bytes kept less
+--------------------  ------  ----------  -----------------
+fold_norms                 6           5              2,000
+fuse_scales                0           0                  0
+all, of 10,000 bytes                                 20.00%"""
 
 
 # ------------------------------------------------------------------------------------------------ compiled and exported

@@ -234,6 +234,58 @@ def test_sources_are_kept_once_for_all_readers_but_hooks_get_each() -> None:
     assert torch.equal(first.unpack(), value.relu() * gate)
 
 
+def test_values_are_computed_once_a_backward_pass_and_then_forgotten() -> None:
+    runs: list[str] = []
+
+    def counted(name: str) -> Callable[[Tensor], Tensor]:
+        return lambda x: runs.append(name) or getattr(torch, name)(x)
+
+    x, weight = (torch.rand(2, 3, requires_grad=True) for _ in range(2))
+    value = x.square()
+    squared = recipes.Recipe(counted("square"), x)
+    grown, shrunk = (recipes.Recipe(counted(name), squared) for name in ("exp", "sigmoid"))
+    results = [
+        saving.recomputed(torch.mul, value, (weight,), {}, squared),
+        saving.recomputed(torch.sin, value, (), {}, squared),
+    ]
+    for call, recipe in ((torch.exp, grown), (torch.sigmoid, shrunk)):
+        results.append(saving.recomputed(call, value, (), {}, squared, recipe))
+        results.append(saving.recomputed(torch.mul, results[-1], (weight,), {}, recipe))
+    assert runs == []
+    for _ in range(2):
+        sum(result.sum() for result in results).backward(retain_graph=True)
+        assert sorted(runs) == ["exp", "sigmoid", "square"]
+        assert all(recipe.shelf.value is None for recipe in (squared, grown, shrunk))
+        runs.clear()
+
+
+def test_hooks_around_keep_what_operators_within_a_call_do() -> None:
+    x, weight = (torch.rand(2, 3, requires_grad=True) for _ in range(2))
+    value = x.square()
+
+    def composed(value: Tensor, weight: Tensor) -> Tensor:
+        return torch.exp(torch.sin(value) * weight).sigmoid()
+
+    found = []
+    for call in (
+        composed,
+        lambda value, weight: saving.recomputed(composed, value, (weight,), {}, recipes.Recipe(torch.square, x)),
+    ):
+        packed: list[Tensor] = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, kept=packed: kept.append(t) or t, lambda t: t):
+            call(value, weight).sum().backward()
+        found.append(packed)
+        gradients = x.grad, weight.grad
+        x.grad = weight.grad = None
+        value = x.square()
+    plain, lean = found
+    assert len(plain) == len(lean) == 5
+    missing = [t for t in plain if not any(torch.equal(t, other) for other in lean)]
+    assert len(missing) == 1
+    assert torch.equal(missing[0], value)
+    assert all(gradient is not None for gradient in gradients)
+
+
 def test_hooks_around_keep_all_that_operators_do() -> None:
     model, lean = optimized(Mobile())
     found = []
@@ -256,6 +308,24 @@ def test_an_activation_that_another_takes_the_place_of(fused: bool, make: Callab
             each[1].act = copy.deepcopy(new)
         else:
             each[2] = copy.deepcopy(new)
+    assert_alike(step(lean, X), step(model, X))
+
+
+class Doubled(nn.BatchNorm2d):
+    """Does more than its base."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return 2 * super().forward(input)
+
+
+@pytest.mark.parametrize("given", [False, True])
+def test_a_norm_that_becomes_another(given: bool) -> None:
+    model, lean = optimized(Residual())
+    for each in (model, lean):
+        if given:
+            each.norm.__class__ = Doubled
+        else:
+            each.norm = Doubled(CHANNELS).double()
     assert_alike(step(lean, X), step(model, X))
 
 
