@@ -72,6 +72,8 @@ ACTIVATIONS: dict[str, tuple[Callable[[], nn.Module], int]] = {
     "elu in place": (lambda: nn.ELU(inplace=True), 2),
     "gelu": (nn.GELU, 2),
     "sigmoid": (nn.Sigmoid, 2),
+    "two": (lambda: nn.Sequential(nn.SiLU(), nn.Hardswish()), 2),
+    "three": (lambda: nn.Sequential(nn.LeakyReLU(0.3), nn.Sequential(nn.Softplus(), nn.Tanhshrink())), 2),
     "two in place": (lambda: nn.Sequential(nn.SiLU(inplace=True), nn.Hardswish(inplace=True)), 3),
     "prelu, which has a weight": (nn.PReLU, 4),
     "dropout, which is random": (lambda: nn.Dropout(0.5), 4),
