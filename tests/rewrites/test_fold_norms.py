@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+
+import pytest
 import torch
 from excited import NARROW, WIDE, Excited, assert_same, images, outcomes, settled
 from torch import Tensor, nn
@@ -51,3 +54,24 @@ def test_a_norm_behind_a_block_goes_into_its_gate() -> None:
     assert outcomes(fast, "fold_norms") == [True]
     assert not any(isinstance(module, nn.BatchNorm2d) for module in fast.modules())
     assert_same(fast(x := images()), gm(x))
+
+
+class Remembered(nn.Module):
+    """A factor that a norm in training mode changes at each call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(NARROW, WIDE, 1), nn.BatchNorm2d(WIDE)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self.conv(x) * self.norm.running_mean[:, None, None], self.norm(x.repeat(1, WIDE // NARROW, 1, 1))
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_a_factor_is_folded_unless_the_graph_changes_it(training: bool) -> None:
+    model = settled(Remembered())
+    model.norm.train(training)
+    fast = copy.deepcopy(se_fx.optimize_for_inference(model))
+    assert any(outcomes(fast, "fold_norms")) is not training
+    for _ in range(2):
+        assert_same(fast(x := images()), model(x))
