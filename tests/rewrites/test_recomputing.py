@@ -458,6 +458,45 @@ def test_forward_derivatives() -> None:
     torch.testing.assert_close(found[1], found[0], rtol=1e-10, atol=1e-12)
 
 
+class Reasons(nn.Module):
+    """A product that autograd keeps whatever is done, in one way or another."""
+
+    def __init__(self, case: str) -> None:
+        super().__init__()
+        self.case, self.gate = case, nn.Parameter(torch.rand(CHANNELS, 1, 1))
+        self.conv, self.norm, self.narrow, self.other = conv(), nn.BatchNorm2d(CHANNELS), conv(), conv()
+
+    def forward(self, x: Tensor) -> Tensor:
+        u = self.norm(self.conv(x))
+        if self.case != "norm":
+            u = nn.functional.silu(u)
+        gate = self.narrow(u.mean((2, 3), True)).sigmoid()
+        if self.case == "in place":
+            return u.mul_(gate) + 1
+        if self.case == "changed":
+            u.add_(1)
+        y = u * gate
+        return y + self.other(u) if self.case in ("kept", "norm") else y + 1
+
+
+@pytest.mark.parametrize(
+    ("case", "activations", "products", "readers"),
+    [
+        ("in place", "is scaled in place", "is scaled in place", "is scaled in place"),
+        ("kept", "other keeps it anyway", "other keeps it anyway", "nothing keeps it"),
+        ("norm", "other keeps it anyway", "other keeps it anyway", "nothing keeps it"),
+        ("changed", "add_ works in place", "is computed again from norm, by silu, add_", "nothing keeps it"),
+        ("", "needs nothing but what norm keeps", "is computed again from what norm keeps, by silu", "nothing keeps it"),
+    ],
+)
+def test_what_is_said(case: str, activations: str, products: str, readers: str) -> None:
+    _, lean = optimized(Reasons(case))
+    said = {step.rewrite: [change.detail for change in step.changes] for step in se_fx.report(lean).steps}
+    assert said["recompute_activations"] == [activations]
+    assert said["recompute_products"] == [products]
+    assert said["recompute_readers"] == [readers]
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_low_precision(dtype: torch.dtype) -> None:
     model, lean = optimized(Residual())

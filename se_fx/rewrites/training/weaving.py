@@ -71,9 +71,6 @@ def insert_wrapped(keeping: Keeping, near: fx.Node, function: Callable[..., Any]
 
 def exchange(keeping: Keeping, old: fx.Node, new: fx.Node) -> None:
     """Have all readers of a value read another, which is the same, in its place."""
-    for known in (keeping.maps, keeping.vectors):
-        if old in known:
-            known[new] = known[old]  # type: ignore[assignment]
     keeping.woven.values[old] = new
     old.replace_all_uses_with(new)
     keeping.graph.erase_node(old)
