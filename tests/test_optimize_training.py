@@ -78,6 +78,9 @@ def test_bytes_counted_are_those_kept_and_the_report_says_them() -> None:
     assert (record.kept, sum(one.kept_less for one in record.steps)) == (before, before - after)
     assert f"{before:,} bytes" in str(record)
     assert record.to_dict()["purpose"] == "training"
+    assert str(record).startswith("EfficientNet, optimised for training: ")
+    uncounted: Any = se_fx.report(se_fx.optimize_for_training(model))
+    assert (uncounted.kept, {step.kept_less for step in uncounted.steps}) == (None, {None})
 
 
 def test_it_is_the_same_model() -> None:

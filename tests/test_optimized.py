@@ -20,6 +20,7 @@ import se_fx
 from se_fx import SqueezeExciteError
 from se_fx.cost import NO_COST, measure
 from se_fx.rewrites import Change, Optimization, Step
+from se_fx.rewrites.products import VectorLinear
 
 
 def small() -> nn.Module:
@@ -179,6 +180,9 @@ def test_what_was_done_is_reported() -> None:
     text = str(report)
     for part in ("layer4.0.conv3", "averages 512 channels instead of 2048", "bytes saved", "fold_norms"):
         assert part in text
+    made = [module for module in fast.modules() if isinstance(module, VectorLinear)]
+    assert made
+    assert not any(parameter.requires_grad for module in made for parameter in module.parameters())
     uncounted = se_fx.report(se_fx.optimize_for_inference(model))
     assert "bytes saved" not in str(uncounted)
     assert (uncounted.before, {step.saved for step in uncounted.steps}) == (None, {None})

@@ -29,6 +29,7 @@ def settled(model: nn.Module) -> nn.Module:
 def outcomes(model: nn.Module, rewrite: str) -> list[bool]:
     (step,) = (step for step in se_fx.report(model).steps if step.rewrite == rewrite)
     assert all(isinstance(each, str) and each for change in step.changes for each in (change.place, change.detail))
+    assert not any("None" in change.place for change in step.changes)
     return [change.applied for change in step.changes]
 
 

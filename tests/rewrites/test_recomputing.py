@@ -468,7 +468,7 @@ class Reasons(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         u = self.norm(self.conv(x))
-        if self.case != "norm":
+        if self.case not in ("norm", "bare"):
             u = nn.functional.silu(u)
         gate = self.narrow(u.mean((2, 3), True)).sigmoid()
         if self.case == "in place":
@@ -485,6 +485,7 @@ class Reasons(nn.Module):
         ("in place", "is scaled in place", "is scaled in place", "is scaled in place"),
         ("kept", "other keeps it anyway", "other keeps it anyway", "nothing keeps it"),
         ("norm", "other keeps it anyway", "other keeps it anyway", "nothing keeps it"),
+        ("bare", "has no activation behind its norm", "is computed again from what norm keeps", "nothing keeps it"),
         ("changed", "add_ works in place", "is computed again from norm, by silu, add_", "nothing keeps it"),
         ("", "needs nothing but what norm keeps", "is computed again from what norm keeps, by silu", "nothing keeps it"),
     ],
