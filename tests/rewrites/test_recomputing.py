@@ -280,6 +280,16 @@ def test_values_are_computed_once_a_backward_pass_and_then_forgotten() -> None:
         runs.clear()
 
 
+@pytest.mark.parametrize("made", [False, True])
+@pytest.mark.parametrize("used", [False, True])
+def test_recipes_are_run_under_the_autocast_that_they_were_made_under(made: bool, used: bool) -> None:
+    matrix = torch.eye(4)
+    with torch.autocast("cpu", torch.bfloat16, enabled=made):
+        recipe = recipes.Recipe(torch.mm, matrix, matrix)
+    with torch.autocast("cpu", torch.bfloat16, enabled=used):
+        assert recipe.unpack().dtype == (torch.bfloat16 if made else torch.float32)
+
+
 def test_hooks_around_keep_what_operators_within_a_call_do() -> None:
     x, weight = (torch.rand(2, 3, requires_grad=True) for _ in range(2))
     value = x.square()
