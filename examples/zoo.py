@@ -276,29 +276,29 @@ class Original:
 
     def run_again(self, model: nn.Module, training: bool, hooked: bool) -> tuple[Any, ...]:
         """The same; without hooks, or of a model that refuses them, the first two."""
-        if not hooked:
-            return self.run(model, training, hooked)[:2]
-        try:
-            return self.run(model, training)
-        except se_fx.SqueezeExciteError as error:
-            if "hooks were registered" not in str(error):
-                raise
-            self.refused = True
-            return self.run(model, training, hooked=False)[:2]
+        if hooked:
+            try:
+                return self.run(model, training)
+            except se_fx.SqueezeExciteError as error:
+                if "hooks were registered" not in str(error):
+                    raise
+                self.refused = True
+        return self.run(model, training, hooked=False)[:2]
 
     def difference_transformed(self, model: nn.Module) -> str:
         """How a graph of the model, with blocks, is not the model; empty where keys, Parameters, outputs, buffers are equal."""
-        return self.difference_of_state(model) or self.difference_of_runs(model, self.runs, hooked=False)
+        return self.difference_of_state(model, object) or self.difference_of_runs(model, self.runs, hooked=False)
 
-    def difference_of_state(self, model: nn.Module) -> str:
+    def difference_of_state(self, model: nn.Module, kept: type) -> str:
+        """How the keys are not the model's and blocks', or values that are of the type `kept` not the same objects."""
         state = model.state_dict(keep_vars=True)
-        if any(state.get(key) is not value for key, value in self.state.items() if isinstance(value, Tensor)):
+        if any(state.get(key) is not value for key, value in self.state.items() if isinstance(value, kept)):
             return "keys or Parameters lost"
         return "foreign keys" if any(map(is_foreign, state.keys() - self.state.keys())) else ""
 
     def difference(self, model: nn.Module) -> str:
         """How the model is not, now that it has blocks, what it was, or does not what it did; empty where all is equal."""
-        if lost := self.difference_of_state(model):
+        if lost := self.difference_of_state(model, Tensor):
             return lost
         modules = dict(model.named_modules())
         if any(modules.get(key) is not value for key, value in self.modules.items()):
