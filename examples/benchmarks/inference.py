@@ -3,7 +3,8 @@
 Each group has a network without SE, *plain*, and networks with SE, each as it is and optimized:
 
     resnet50               timm's seresnet50, and timm's resnet50 with SE put at the end of its residual branches: torchvision's
-                           block by hand, and `se_fx.transform`; and with Composer's blocks after convs, where it is installed
+                           block by hand, and `se_fx.transform`; SE after convs of 128 channels and more (placement
+                           "conv") and after their norms ("norm"); and Composer's blocks after convs, where it is installed
     efficientnet_b0, regnety_008, mobilenetv3_large_100
                            timm's, which have SE; plain is the same with an Identity in the place of each block
 
@@ -61,8 +62,9 @@ def by_hand() -> nn.Module:
     return model
 
 
-def transformed() -> nn.Module:
-    return se_fx.transform(timm.create_model("resnet50"), placement="residual", min_channels=1, latent_channels=1 / 16)
+def transformed(placement: str, min_channels: int) -> nn.Module:
+    options = {"min_channels": min_channels, "latent_channels": 1 / 16}
+    return se_fx.transform(timm.create_model("resnet50"), placement=placement, **options)
 
 
 def composer() -> nn.Module:
@@ -91,7 +93,9 @@ GROUPS: dict[str, dict[str, Callable[[], nn.Module]]] = {  # the plain network f
         "resnet50": lambda: timm.create_model("resnet50"),
         "seresnet50": lambda: timm.create_model("seresnet50"),
         "torchvision's SE by hand": by_hand,
-        "se_fx, residual, 1/16": transformed,
+        "se_fx, residual, 1/16": lambda: transformed("residual", 1),
+        "se_fx, conv, 1/16": lambda: transformed("conv", 128),
+        "se_fx, norm, 1/16": lambda: transformed("norm", 128),
         "Composer's defaults": composer,
     },
     "efficientnet_b0": pair("efficientnet_b0"),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import operator
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
@@ -122,14 +121,13 @@ def _watched(
     given = set(inputs)
     state = [(place, value) for place, value in enumerate(example_inputs) if place not in given]
     constants = [tensor for tensor in constants if not tensor.is_inference()]  # which have no versions
-    version_of = operator.attrgetter("_version")
-    versions = list(map(version_of, constants))
+    versions = [tensor._version for tensor in constants]
     stale = False
 
     def run(*args: Any) -> Any:
         nonlocal stale
         is_same = all(args[place] is value for place, value in state)
-        if is_same and list(map(version_of, constants)) == versions:
+        if is_same and [tensor._version for tensor in constants] == versions:
             return compiled(*[args[place] for place in inputs])
         if not stale:
             stale = True

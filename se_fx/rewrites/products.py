@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["VectorLinear", "few", "in_type_of", "scaled"]
+__all__ = ["VectorLinear", "few", "in_type_of", "scaled", "scaled_sum"]
 
 
 def scaled(value: Tensor, gate: Tensor) -> Tensor:
@@ -20,6 +20,15 @@ def scaled(value: Tensor, gate: Tensor) -> Tensor:
     if value.dtype != gate.dtype or value.ndim != gate.ndim:
         return value * gate
     return value.mul_(gate)
+
+
+def scaled_sum(summand: Tensor, value: Tensor, gate: Tensor) -> Tensor:
+    """The sum of a map and the product of another and its gate: one operator, and to compilers a product and a sum.
+
+    They fuse the two by themselves; and where the summand is what a convolution yields, Inductor has the convolution add what
+    is there already, and apply the activation that follows, while it writes.
+    """
+    return summand + value * gate if torch.compiler.is_compiling() else torch.addcmul(summand, value, gate)
 
 
 def in_type_of(value: Tensor, first: Tensor, second: Tensor) -> Tensor:

@@ -1,19 +1,18 @@
 """Fusing scales: a feature map is scaled where it is added, or in place, so that no scaled copy of it is written.
 
-u g + x      as one operator, addcmul(x, u, g)
+u g + x      as one operator, addcmul(x, u, g); to compilers as a product and a sum, which a convolution that makes x can take
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
-import torch
 from torch import fx
 
 from se_fx.rewrites.algebra import Algebra
 from se_fx.rewrites.change import Change, place_of
 from se_fx.rewrites.editing import drop, insert, promoted, replace
-from se_fx.rewrites.products import scaled
+from se_fx.rewrites.products import scaled, scaled_sum
 from se_fx.rewrites.terms import Scale
 
 __all__ = ["fuse_scales"]
@@ -54,7 +53,7 @@ def _fuse(algebra: Algebra, reader: fx.Node, scale: Scale) -> None:
     (summand,) = (each for each in algebra.summands(reader) if each is not scale.node)
     written = algebra.effects.of(reader).writes
     with algebra.graph.inserting_before(reader):
-        new = insert(algebra, reader, torch.addcmul, summand, scale.value, scale.gate)
+        new = insert(algebra, reader, scaled_sum, summand, scale.value, scale.gate)
         # Under autocast they may be of two types, and what is added to in place keeps its own.
         if scale.node in written:
             new = promoted(algebra, new, scale.value, scale.gate)
