@@ -8,6 +8,8 @@ import pytest
 import torch
 from excited import NARROW, WIDE, assert_same, images, outcomes, settled
 from torch import Tensor, fx, nn
+from torch._inductor.utils import run_and_get_code
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import se_fx
 from se_fx import SqueezeExcite2d
@@ -79,3 +81,40 @@ def test_the_models_own_input_is_never_scaled_in_place(before: nn.Module) -> Non
     kept = x.clone()
     assert_same(fast(x), model(kept))
     assert torch.equal(x, kept)
+
+
+def test_a_sum_is_one_operator_in_eager_mode_and_two_to_compilers() -> None:
+    model = settled(Scaled(lambda z, y, x: z + x))
+    fast, _ = fused(model)
+    ran: list[str] = []
+
+    class Operators(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            ran.append(func.overloadpacket.__name__)
+            return func(*args, **kwargs or {})
+
+    x = images()
+    with torch.no_grad(), Operators():
+        fast(x)
+    assert ran.count("addcmul") == 1
+    exported = torch.export.export(fast, (x,))
+    called_there = [str(node.target) for node in exported.graph.nodes]
+    assert "aten.addcmul.default" not in called_there
+    assert called_there[-2] == "aten.add.Tensor"
+    assert_same(exported.module()(x), model(x))
+
+
+@pytest.mark.integration
+def test_a_convolution_takes_the_sum_of_its_map_and_a_scaled_one() -> None:
+    model = Scaled(lambda z, y, x: torch.relu(z + x)).eval()
+    fast, details = fused(model)
+    assert details == [SUM]
+    x = torch.randn(2, NARROW, 7, 5).contiguous(memory_format=torch.channels_last)
+    with torch._inductor.config.patch(freezing=True), torch.no_grad():
+        found, code = run_and_get_code(torch.compile(fast, fullgraph=True), x)
+    torch.compiler.reset()
+    torch.testing.assert_close(found, model(x), rtol=1e-3, atol=1e-5)
+    calls = [line for line in "".join(code).splitlines() if "_convolution_pointwise_.binary(" in line]
+    assert len(calls) == 1
+    assert "'add'" in calls[0]
+    assert "'relu'" in calls[0]
