@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import importlib
+from typing import Any
+
 import pytest
 import torch
 from excited import NARROW, WIDE, Excited, assert_same, images, outcomes, settled
 from torch import Tensor, nn
 
 import se_fx
+
+constant_gates = importlib.import_module("se_fx.rewrites.inference.constant_gates")  # the function has its name
 
 
 @pytest.mark.parametrize("gate", ["sigmoid", "hardsigmoid"])
@@ -28,6 +33,25 @@ def test_gates_that_are_constant_become_factors_of_the_conv(style: str) -> None:
     fast = se_fx.optimize_for_inference(model)
     assert outcomes(fast, "constant_gates") == outcomes(fast, "fold_norms") == [True]
     assert [node.op for node in fast.graph.nodes if node.op not in ("placeholder", "output")] == ["call_module"]
+    assert_same(fast(x := images()), model(x))
+
+
+@pytest.mark.parametrize(("apart", "is_constant"), [(2.0**-52, True), (1e-9, False), (float("nan"), False)])
+def test_a_gate_that_batches_round_otherwise_is_constant(
+    apart: float, is_constant: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a kernel makes of a number may depend on where in a tensor it stands: vector instructions leave a rest to others."""
+    computed = constant_gates._at_batch
+
+    def rounded_otherwise(*arguments: Any) -> Tensor | None:
+        gate, batch_size = computed(*arguments), arguments[-1]
+        return gate if gate is None or batch_size == 1 else gate * (1 + apart)
+
+    monkeypatch.setattr(constant_gates, "_at_batch", rounded_otherwise)
+    model = settled(Excited([nn.Conv2d(NARROW, WIDE, 3)], "torchvision"))
+    nn.init.zeros_(model.blocks["torchvision"].fc2.weight)
+    fast = se_fx.optimize_for_inference(model)
+    assert outcomes(fast, "constant_gates") == [is_constant]
     assert_same(fast(x := images()), model(x))
 
 
