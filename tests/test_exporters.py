@@ -210,7 +210,7 @@ def test_executorch_delegates_no_more_pieces() -> None:
 def test_core_ml_converts() -> None:
     tools = pytest.importorskip("coremltools")
     model, counts = network("seresnet18"), []
-    for each in (model, se_fx.optimize_for_inference(model, target="export")):
+    for each in (model, se_fx.optimize_for_inference(model, target="export"), se_fx.optimize_for_inference(model)):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             program = tools.convert(torch.export.export(each, (X,)).run_decompositions({}))
