@@ -9,6 +9,7 @@ neither changes what is computed.
     python examples/benchmarks/training.py
     python examples/benchmarks/training.py --compiled --channels-last --networks resnet50 --blocks residual
     python examples/benchmarks/training.py --device cuda --batch 128 --size 224 --bf16 --channels-last
+    python examples/benchmarks/training.py --parts --networks efficientnet_b0
     python examples/benchmarks/training.py --quick
 """
 
@@ -72,7 +73,11 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], dict[str, Callable[[], nn.Mod
 BLOCKS = list(dict.fromkeys(title for _, blocks in NETWORKS.values() for title in blocks))
 
 
-def variants(name: str, compiled: bool, chosen: list[str]) -> dict[str, nn.Module]:
+#: Fewer rewrites than all: less is computed again, and more is kept.
+PARTS = {"readers alone": ["recompute_readers"], "readers, products": ["recompute_products", "recompute_readers"]}
+
+
+def variants(name: str, compiled: bool, chosen: list[str], parts: bool) -> dict[str, nn.Module]:
     plain, blocks = NETWORKS[name]
     models = {f"{name}, no blocks": plain()}
     for title, make in blocks.items():
@@ -83,6 +88,8 @@ def variants(name: str, compiled: bool, chosen: list[str]) -> dict[str, nn.Modul
         except ImportError:
             continue
         models |= {title: model, f"{title}, optimised": se_fx.optimize_for_training(model)}
+        if parts:
+            models |= {f"{title}, {part}": se_fx.optimize_for_training(model, rewrites=names) for part, names in PARTS.items()}
         if compiled:
             models[f"{title}, not exact"] = se_fx.optimize_for_training(model, exact=False)
     return models
@@ -105,6 +112,7 @@ def main() -> None:
     parser.add_argument("--gib", type=float, default=8, help="memory for the largest batch (default: 8)")
     parser.add_argument("--compiled", action="store_true", help="also under torch.compile")
     parser.add_argument("--channels-last", action="store_true", help="in memory format channels_last")
+    parser.add_argument("--parts", action="store_true", help="also optimised by some of the rewrites alone")
     parser.add_argument("--bf16", action="store_true", help="under autocast to bfloat16")
     parser.add_argument("--rounds", type=int, default=15, metavar="N", help="timings of each variant (default: 15)")
     parser.add_argument("--device", metavar="NAME", help="such as cpu or cuda (default: cpu)")
@@ -114,7 +122,7 @@ def main() -> None:
         arguments.size, arguments.batch, arguments.rounds = 64, 2, 2
 
     for name in arguments.networks:
-        models = variants(name, arguments.compiled, arguments.blocks)
+        models = variants(name, arguments.compiled, arguments.blocks, arguments.parts)
         result = se_fx.bench(
             models,
             torch.rand(1, 3, arguments.size, arguments.size),
