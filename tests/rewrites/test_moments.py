@@ -16,6 +16,7 @@ from torch import Tensor, fx, nn
 from torch.autograd import gradcheck
 
 import se_fx
+from se_fx.rewrites.training.moments import measured
 
 X = torch.randn(3, CHANNELS, 6, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
 
@@ -126,6 +127,35 @@ def test_modules_that_do_nothing_may_stand_between() -> None:
     assert_close(step(compiled(lean), X), step(model, X))
 
 
+@pytest.mark.parametrize("make", [lambda: nn.BatchNorm2d(CHANNELS), lambda: nn.GroupNorm(4, CHANNELS)], ids=["batch", "group"])
+@pytest.mark.parametrize("where", ["before", "after"])
+def test_hooks_of_norms_registered_later_see_and_change_what_they_do(where: str, make: Callable[[], nn.Module]) -> None:
+    """What a norm is given, or gives, isn't what has the moments that are known, then."""
+    model, lean = both(lambda: Residual(make))
+    for each in (model, lean):
+        if where == "before":
+            each.norm.register_forward_pre_hook(lambda module, inputs: (inputs[0].square(),))
+        else:
+            each.norm.register_forward_hook(lambda module, inputs, output: output.square())
+    assert_close(step(compiled(lean), X), step(model, X))
+
+
+def test_models_in_bfloat16_stay_in_it() -> None:
+    model, lean = (each.bfloat16() for each in both(Residual))
+    found, expected = compiled(lean)(X.bfloat16()), model(X.bfloat16())
+    assert found.dtype == expected.dtype == torch.bfloat16
+    assert distance(found.detach(), expected.detach()) <= 2e-2 * float(
+        expected.detach().double().norm()
+    )  # several roundings of 2^-9
+
+
+def test_moments_are_of_maps_of_real_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    assert measured(X) is not None
+    assert measured(X[0]) is None
+    assert measured(X.to(torch.complex128)) is None
+
+
 @pytest.mark.parametrize("name", UNITS)
 def test_without_compiling_it_is_exact_and_keeps_as_little(name: str) -> None:
     make, _, kept = UNITS[name]
@@ -204,23 +234,29 @@ def test_too_few_values_are_refused_as_ever() -> None:
 
 
 class Changed(nn.Module):
-    """The norm's result is changed in place before it is squeezed, or before it is scaled."""
+    """A map with moments, or its product with a gate, changed in place before it is read."""
 
-    def __init__(self, squeezed_first: bool) -> None:
+    def __init__(self, what: str) -> None:
         super().__init__()
-        self.conv, self.norm, self.squeezed_first = conv(), nn.BatchNorm2d(CHANNELS), squeezed_first
+        self.what, self.conv, self.linear = what, conv(), nn.Conv2d(CHANNELS, CHANNELS, 1)
+        self.norm, self.last = nn.BatchNorm2d(CHANNELS), nn.BatchNorm2d(CHANNELS)
 
     def forward(self, x: Tensor) -> Tensor:
         u = self.norm(self.conv(x))
-        s = u.mean((2, 3), keepdim=True) if self.squeezed_first else None
-        u.mul_(2)
-        s = u.mean((2, 3), keepdim=True) if s is None else s
-        return u * s.sigmoid()
+        if self.what == "before it is averaged":
+            u.square_().add_(1)
+        gate = self.linear(u.mean((2, 3), keepdim=True)).sigmoid()
+        if self.what == "before it is scaled":
+            u.exp_()
+        y = u * gate
+        if self.what == "the product":
+            y.exp_()
+        return self.last(y)
 
 
-@pytest.mark.parametrize("squeezed_first", [False, True])
-def test_what_is_changed_in_place(squeezed_first: bool) -> None:
-    model, lean = both(lambda: Changed(squeezed_first))
+@pytest.mark.parametrize("what", ["nothing", "before it is averaged", "before it is scaled", "the product"])
+def test_what_is_changed_in_place_has_other_moments(what: str) -> None:
+    model, lean = both(lambda: Changed(what))
     assert_close(step(compiled(lean), X), step(model, X))
     assert_close(step(lean, X), step(model, X))
 
