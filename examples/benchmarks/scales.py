@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import argparse
 import random
-import statistics
 import time
 from collections.abc import Callable
 
@@ -29,6 +28,8 @@ from tabulate import tabulate
 from torch import Tensor, fx, nn
 from torch._inductor.custom_graph_pass import CustomGraphPass
 from tqdm import tqdm
+
+from se_fx.measure import Row
 
 Compute = Callable[[nn.Conv2d, Tensor, Tensor, Tensor], Tensor]  # of a convolution, its input, the gate and the shortcut
 
@@ -85,7 +86,7 @@ ROWS = {
 
 # ---------------------------------------------------------------------------------------------------------------- post-op
 class PostOp(CustomGraphPass):
-    """Has each packed convolution scale what it writes, and apply the ReLU that follows."""
+    """Has the packed convolution scale what it writes, and apply the ReLU that follows."""
 
     def uuid(self) -> str:
         return "scales.py: post-op"
@@ -164,20 +165,20 @@ def main() -> None:
                     order = random.sample(range(len(forms)), len(forms))
                     times = {position: timed(forms[position], calls[position]) for position in order}
                     rounds.append([times[position] for position in range(len(forms))])
-                first, *others = zip(*rounds, strict=True)
+                first, *others = (Row(place, "compiled", batch_size, seconds, (), 0) for seconds in zip(*rounds, strict=True))
                 channels, out_channels, kernel_size, size = shape
                 name = f"{kernel_size}x{kernel_size}, {channels} to {out_channels}, {size}x{size}"
-                ratios = [ratio(first, other) for other in others]
-                rows.append([name, batch_size, f"{1e6 * statistics.median(first):,.0f}", *ratios])
+                ratios = [ratio(other.against(first)) for other in others]
+                rows.append([name, batch_size, f"{1e6 * first.median:,.0f}", *ratios])
             first_name, *names = PLACES[place]
             headers = ["convolution, map", "batch", f"{first_name}, us", *(f"{name}, to {first_name}" for name in names)]
             print(f"\n## {place}, {'bfloat16' if arguments.bf16 else 'float32'}\n")
             print(tabulate(rows, headers, "github", disable_numparse=True, colalign=["left", *["right"] * (len(headers) - 1)]))
 
 
-def ratio(first: tuple[float, ...], other: tuple[float, ...]) -> str:
-    low, middle, high = statistics.quantiles((b / a for a, b in zip(first, other, strict=True)), n=4)
-    return f"{middle:.2f} ({low:.2f} to {high:.2f})"
+def ratio(row: Row) -> str:
+    low, high = row.ratio_iqr
+    return f"{row.ratio:.2f} ({low:.2f} to {high:.2f})"
 
 
 if __name__ == "__main__":

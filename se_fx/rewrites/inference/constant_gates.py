@@ -74,7 +74,7 @@ def _through(algebra: Algebra, node: fx.Node, scale: Scale, product: Affine) -> 
     factors = [gate for gate in found if gate is not None and gate.dtype == algebra.dtype(scale.node)]
     # Equal but for rounding: vector instructions compute most of a tensor's entries, and others the last ones.
     is_one_for_all = len(factors) == 3 and all(
-        torch.allclose(row, factors[0][0], rtol=4 * torch.finfo(row.dtype).eps, atol=0) for gate in factors for row in gate
+        torch.allclose(gate, factors[0], rtol=4 * torch.finfo(gate.dtype).eps, atol=0) for gate in factors
     )
     return factors[0][0] if is_one_for_all else None
 
