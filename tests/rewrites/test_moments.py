@@ -11,8 +11,10 @@ import timm
 import torch
 import torch.nn.functional as F
 import torchvision
+from functorch.compile import make_boxed_func
 from recomputed import CHANNELS, UNITS, BeforeNorm, Gate, Mobile, Residual, Step, assert_alike, conv, kept_maps, step
 from torch import Tensor, fx, nn
+from torch._dynamo.backends.common import aot_autograd
 from torch.autograd import gradcheck
 
 import se_fx
@@ -125,6 +127,95 @@ def test_modules_that_do_nothing_may_stand_between() -> None:
     model, lean = both(Idle)
     assert passes(lean) == 1
     assert_close(step(compiled(lean), X), step(model, X))
+
+
+def summed(model: nn.Module) -> set[tuple[int, ...]]:
+    """The dimensions that maps are summed over in backward."""
+    found: set[tuple[int, ...]] = set()
+
+    def look(captured: fx.GraphModule, inputs: Any) -> Any:
+        for node in captured.graph.nodes:
+            if node.target is torch.ops.aten.native_batch_norm_backward.default:
+                found.add((0, 2, 3))
+            if node.target is torch.ops.aten.sum.dim_IntList and node.args[0].meta["val"].shape[2:] == X.shape[2:]:
+                found.add(tuple(node.args[1]))
+        return make_boxed_func(captured)
+
+    backend = aot_autograd(fw_compiler=lambda captured, inputs: make_boxed_func(captured), bw_compiler=look)
+    step(compiled(copy.deepcopy(model), backend), X)
+    return found
+
+
+@pytest.mark.parametrize("name", ["after a norm", "before a norm", "before and after", "se_fx's block"])
+def test_backward_sums_maps_over_one_range(name: str) -> None:
+    """Sums over space alone are of one pass; those over samples, too, would be of another."""
+    model, lean = both(SHARED[name][0])
+    assert summed(model) == {(2, 3), (0, 2, 3)}
+    assert summed(lean) == {(2, 3)}
+
+
+@pytest.mark.parametrize("name", ["idle", "idle.0", "pool", "linear"])
+def test_hooks_that_are_registered_later_change_what_they_do(name: str) -> None:
+    """On what does nothing between norm and squeeze, what pools, and what makes the gate."""
+    model, lean = both(Idle)
+    for each in (model, lean):
+        each.get_submodule(name).register_forward_hook(lambda module, inputs, output: output.square())
+    assert_close(step(compiled(lean), X), step(model, X))
+
+
+@pytest.mark.parametrize("name", ["idle", "pool", "linear"])
+def test_what_is_put_in_a_place_later_runs(name: str) -> None:
+    others = {"idle": nn.Tanh(), "pool": nn.AdaptiveMaxPool2d(1), "linear": nn.Sequential(conv(), nn.Tanh()).double()}
+    model, lean = both(Idle)
+    for each in (model, lean):
+        setattr(each, name, copy.deepcopy(others[name]))
+    assert_close(step(compiled(lean), X), step(model, X))
+
+
+class Expanded(Residual):
+    """A gate without an activation, expanded, and as the product's first factor; its result is squeezed once more."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = conv(), conv()
+
+    def forward(self, x: Tensor) -> Tensor:
+        u = self.norm(self.conv(x))
+        y = self.first(u.mean((2, 3), keepdim=True)).expand_as(u) * u
+        return y * self.second(y.mean((2, 3), keepdim=True)).sigmoid() + u
+
+
+def test_gates_in_other_forms() -> None:
+    model, lean = both(Expanded)
+    assert_close(step(compiled(copy.deepcopy(lean)), X), step(copy.deepcopy(model), X))
+    assert_alike(step(lean, X), step(model, X))
+
+
+class SourceChanged(nn.Module):
+    """What the first convolution gives is changed in place when it has been scaled, or normalised, and is read no more."""
+
+    def __init__(self, norm_first: bool) -> None:
+        super().__init__()
+        self.conv, self.linear = conv(), conv()
+        self.first, self.last = nn.BatchNorm2d(CHANNELS) if norm_first else nn.Identity(), nn.BatchNorm2d(CHANNELS)
+
+    def forward(self, x: Tensor) -> Tensor:
+        source = self.conv(x)
+        u = self.first(source)
+        gate = self.linear(u.mean((2, 3), keepdim=True)).sigmoid()
+        if isinstance(self.first, nn.Identity):
+            u = u * gate
+            source.exp_()
+            return self.last(u)
+        source.exp_()
+        return self.last(u * gate)
+
+
+@pytest.mark.parametrize("norm_first", [True, False])
+def test_a_source_that_is_changed_in_place_is_not_read_again(norm_first: bool) -> None:
+    model, lean = both(lambda: SourceChanged(norm_first))
+    with torch.no_grad():  # autograd would refuse it
+        assert_close((compiled(lean)(X), [X], list(lean.buffers())), (model(X), [X], list(model.buffers())))
 
 
 @pytest.mark.parametrize("make", [lambda: nn.BatchNorm2d(CHANNELS), lambda: nn.GroupNorm(4, CHANNELS)], ids=["batch", "group"])

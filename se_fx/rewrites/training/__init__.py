@@ -1,14 +1,15 @@
 """The rewrites for training, in the order they are applied in.
 
 In eager mode autograd keeps what Squeeze-and-Excitation needs for its gradients; nearly all of it can be computed again from
-what the layers around it keep anyway. Values computed in the forward pass stay what they were, bit for bit; but for `moments`,
-which compiled code alone is for.
+what the layers around it keep anyway. Values computed in the forward pass stay what they were, bit for bit; but for
+`linear_gates` and `moments`, which are for compiled code alone.
 """
 
 from collections.abc import Callable, Iterator
 
 from se_fx.rewrites.change import Change
 from se_fx.rewrites.training.keeping import Keeping
+from se_fx.rewrites.training.linear_gates import linear_gates
 from se_fx.rewrites.training.moments import moments
 from se_fx.rewrites.training.recompute import recompute_activations, recompute_products, recompute_readers
 from se_fx.rewrites.training.tails import Tail, tail_of
@@ -21,6 +22,7 @@ TrainingRewrite = Callable[[Keeping], Iterator[Change]]
 
 #: All rewrites for training by name, in the order they are applied in.
 TRAINING_REWRITES: dict[str, TrainingRewrite] = {
+    "linear_gates": linear_gates,
     "moments": moments,
     "recompute_activations": recompute_activations,
     "recompute_products": recompute_products,
@@ -28,4 +30,4 @@ TRAINING_REWRITES: dict[str, TrainingRewrite] = {
 }
 
 #: Those that change how results are rounded.
-ROUNDED = frozenset({"moments"})
+ROUNDED = frozenset({"linear_gates", "moments"})

@@ -30,6 +30,7 @@ __all__ = [
     "OutOfPlace",
     "activated",
     "held",
+    "is_hooked",
     "module_or_function",
     "name_of_class",
     "normalized",
@@ -56,7 +57,7 @@ def normalized(
         *args: more arguments.
         **kwargs: more arguments.
     """
-    if not is_kept(value) or (isinstance(norm, nn.Module) and (name_of_class(norm) != known[0] or _is_hooked(norm))):
+    if not is_kept(value) or (isinstance(norm, nn.Module) and (name_of_class(norm) != known[0] or is_hooked(norm))):
         return module_or_function(norm)(value, *args, **kwargs), None
     result, run, sources = recomputed(_normalize, value, (norm, args, kwargs), {}, recipe)
     again = None if run is None else Recipe(run, value if recipe is None else recipe, *sources)
@@ -215,7 +216,7 @@ def _same(value: Tensor) -> Tensor:
 
 def repeated(callee: Callee, recipe: Recipe | None, *args: Any, **kwargs: Any) -> Recipe | None:
     """The recipe of what a module or function, which knows nothing but its input, gives for a value with one."""
-    if recipe is None or _is_hooked(callee):
+    if recipe is None or is_hooked(callee):
         return None
     call = callee.forward if isinstance(callee, nn.Module) else module_or_function(callee)
     return Recipe(functools.partial(_applied, call, args, kwargs), recipe)
@@ -294,7 +295,7 @@ def module_or_function(callee: Callee) -> Any:
     return found
 
 
-def _is_hooked(callee: Callee) -> bool:
+def is_hooked(callee: Callee) -> bool:
     """Whether calling a module does more than run the code of its class."""
     if isinstance(callee, str):
         return False
@@ -303,10 +304,5 @@ def _is_hooked(callee: Callee) -> bool:
 
 def name_of_class(module: nn.Module) -> str:
     """A module's own class, in code."""
-    kind: Any = own_class(module)
-    return _name_of(kind)
-
-
-@functools.cache
-def _name_of(kind: Any) -> str:
+    kind = own_class(module)
     return f"{kind.__module__}.{kind.__qualname__}"

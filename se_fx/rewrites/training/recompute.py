@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from se_fx.rewrites.change import Change, place_of
 from se_fx.rewrites.training.calls import activated, held, product, reading, scaled
 from se_fx.rewrites.training.keeping import Keeping, Unit
-from se_fx.rewrites.training.weaving import callee, exchange, insert_wrapped, names_of, normalize, weave
+from se_fx.rewrites.training.weaving import callee, exchange, insert_wrapped, is_training_call, names_of, normalize, weave
 
 __all__ = ["recompute_activations", "recompute_products", "recompute_readers"]
 
@@ -71,8 +71,11 @@ def recompute_products(keeping: Keeping) -> Iterator[Change]:
             yield Change(place, False, way.reason)
             continue
         node, value, gate = keeping.now(unit.scale)
-        with keeping.graph.inserting_before(node):
-            exchange(keeping, node, insert_wrapped(keeping, node, product, value, gate, recipe))
+        if is_training_call(node):  # by moments, in compiled code
+            node.args = (value, gate, recipe, *node.args[3:])
+        else:
+            with keeping.graph.inserting_before(node):
+                exchange(keeping, node, insert_wrapped(keeping, node, product, value, gate, recipe))
         source = f"what {place_of(way.source)} keeps" if way.is_norm else place_of(way.source)
         yield Change(place, True, f"is computed again from {source}" + (f", by {names_of(way.steps)}" if way.steps else ""))
 
