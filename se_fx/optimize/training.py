@@ -62,7 +62,8 @@ def optimize_for_training(
 
     The rewrites, in their order (`se_fx.rewrites.TRAINING_REWRITES`):
 
-    - ``moments``: norm and squeeze in one pass over a map, in compiled code, if not ``exact``;
+    - ``linear_gates``: convolutions within gates as matrix products, in compiled code, if not ``exact``;
+    - ``moments``: norm, squeeze and scale in one pass over a map, in compiled code, if not ``exact``;
     - ``recompute_activations``: for what activations between a norm and a product with a gate keep;
     - ``recompute_products``: for what a product with a gate keeps of its map;
     - ``recompute_readers``: for what the convolution, norm or activation after it keeps.

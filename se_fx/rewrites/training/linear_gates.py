@@ -9,7 +9,7 @@ Equal up to rounding, and for compilers alone: eager calls are as they were.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TypeGuard
+from typing import Any, TypeGuard
 
 import torch
 import torch.nn.functional as F
@@ -24,10 +24,10 @@ from se_fx.rewrites.training.weaving import callee, exchange, insert_wrapped
 __all__ = ["linear_gates"]
 
 
-def multiplied_by_matrix(conv: nn.Module, value: Tensor) -> Tensor:
+def multiplied_by_matrix(conv: nn.Module, value: Tensor, **kwargs: Any) -> Tensor:
     """``conv(value)``: in compiled code as a product with a matrix, if it still is one."""
     if not torch.compiler.is_compiling() or not is_matrix(conv) or value.shape[1:] != (conv.in_channels, 1, 1):
-        return conv(value)  # type: ignore[no-any-return]
+        return conv(value, **kwargs)  # type: ignore[no-any-return]
     return F.linear(value.flatten(1), conv.weight.flatten(1), conv.bias)[:, :, None, None]
 
 
