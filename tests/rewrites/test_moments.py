@@ -154,21 +154,45 @@ def test_backward_sums_maps_over_one_range(name: str) -> None:
     assert summed(lean) == {(2, 3)}
 
 
-@pytest.mark.parametrize("name", ["idle", "idle.0", "pool", "linear"])
-def test_hooks_that_are_registered_later_change_what_they_do(name: str) -> None:
-    """On what does nothing between norm and squeeze, what pools, and what makes the gate."""
-    model, lean = both(Idle)
+class IdleBefore(nn.Module):
+    """SE before a norm, with modules that do nothing before and behind it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.before, self.behind = conv(), nn.Identity(), nn.Identity()
+        self.linear, self.norm = conv(), nn.BatchNorm2d(CHANNELS)
+
+    def forward(self, x: Tensor) -> Tensor:
+        u = self.before(self.conv(x))
+        return self.norm(self.behind(u * self.linear(u.mean((2, 3), keepdim=True)).sigmoid()))
+
+
+LATER = [(Idle, name) for name in ("idle", "idle.0", "pool", "linear")]
+LATER += [(IdleBefore, name) for name in ("before", "behind", "linear")]
+
+
+@pytest.mark.parametrize(("make", "name"), LATER)
+def test_hooks_that_are_registered_later_change_what_they_do(make: Callable[[], nn.Module], name: str) -> None:
+    """On what does nothing between norm, squeeze and product, what pools, and what makes the gate."""
+    model, lean = both(make)
     for each in (model, lean):
         each.get_submodule(name).register_forward_hook(lambda module, inputs, output: output.square())
     assert_close(step(compiled(lean), X), step(model, X))
 
 
-@pytest.mark.parametrize("name", ["idle", "pool", "linear"])
+OTHERS = {
+    "idle": nn.Tanh(),
+    "pool": nn.AdaptiveMaxPool2d(1),
+    "pool, of another size": nn.AdaptiveAvgPool2d(X.shape[2:]),
+    "linear": nn.Sequential(conv(), nn.Tanh()).double(),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
 def test_what_is_put_in_a_place_later_runs(name: str) -> None:
-    others = {"idle": nn.Tanh(), "pool": nn.AdaptiveMaxPool2d(1), "linear": nn.Sequential(conv(), nn.Tanh()).double()}
     model, lean = both(Idle)
     for each in (model, lean):
-        setattr(each, name, copy.deepcopy(others[name]))
+        setattr(each, name.partition(",")[0], copy.deepcopy(OTHERS[name]))
     assert_close(step(compiled(lean), X), step(model, X))
 
 
@@ -338,13 +362,28 @@ class Changed(nn.Module):
         gate = self.linear(u.mean((2, 3), keepdim=True)).sigmoid()
         if self.what == "before it is scaled":
             u.exp_()
+        if self.what == "before it is scaled, by another name":
+            u.flatten(2).exp_()
+        if self.what == "by being scaled":
+            view = u[:]
+            u.mul_(gate)
+            return self.last(view)
         y = u * gate
         if self.what == "the product":
             y.exp_()
         return self.last(y)
 
 
-@pytest.mark.parametrize("what", ["nothing", "before it is averaged", "before it is scaled", "the product"])
+WHEN = [
+    "before it is averaged",
+    "before it is scaled",
+    "before it is scaled, by another name",
+    "by being scaled",
+    "the product",
+]
+
+
+@pytest.mark.parametrize("what", ["nothing", *WHEN])
 @pytest.mark.parametrize("last", [nn.Identity, nn.BatchNorm2d])
 def test_what_is_changed_in_place_has_other_moments(last: type[nn.Module], what: str) -> None:
     model, lean = both(lambda: Changed(what, last))
