@@ -10,7 +10,6 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence, Set
 from typing import Any
 
-import torch
 from torch import Tensor, fx, nn
 
 from se_fx.errors import SqueezeExciteError
@@ -117,7 +116,7 @@ def _change(module: Any) -> str | None:
     if INNER in module.__dict__:
         return "its forward was set"
     changed = change_in(module._watched) or change_in(module._reached)
-    if changed is not None or torch.compiler.is_compiling():  # what compiles doesn't look at hooks either
+    if changed is not None:
         return changed
     for name, inner, _ in module._watched[1:]:  # the first is the region's own
         state = inner.__dict__

@@ -27,7 +27,7 @@ class Gated(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.conv(x)
-        return x * self.wide(self.narrow(self.pool(x)).relu()).sigmoid()
+        return x * self.wide(input=self.narrow(self.pool(x)).relu()).sigmoid()
 
 
 UNITS: dict[str, tuple[Callable[[], nn.Module], int]] = {

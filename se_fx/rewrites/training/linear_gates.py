@@ -13,7 +13,7 @@ from typing import Any, TypeGuard
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from se_fx.rewrites.change import Change, place_of
 from se_fx.rewrites.terms import is_pointwise
@@ -45,8 +45,11 @@ def linear_gates(keeping: Keeping) -> Iterator[Change]:
     gates = keeping.gate_nodes()
     for node in list(keeping.graph.nodes):
         conv = keeping.convolution(node) if node.op == "call_module" and node in gates else None
-        if conv is None or not is_matrix(conv) or keeping.vectors.get(node.args[0], ())[1:] != (1, 1):
+        if conv is None or not is_matrix(conv):
+            continue
+        source: fx.Node = keeping.given(node)["input"]
+        if keeping.vectors.get(source, ())[1:] != (1, 1):
             continue
         with keeping.graph.inserting_before(node):
-            exchange(keeping, node, insert_wrapped(keeping, node, multiplied_by_matrix, callee(keeping, node), *node.args))
+            exchange(keeping, node, insert_wrapped(keeping, node, multiplied_by_matrix, callee(keeping, node), source))
         yield Change(place_of(node), True, "is a product with a matrix")
