@@ -225,8 +225,8 @@ def moments(keeping: Keeping) -> Iterator[Change]:
             else:
                 place = place_of(found.products[scale.node][1])
                 yield Change(place_of(node), True, f"has its statistics from the pass that squeezes what {place} gives")
-    for value in found.squeezes.keys() & known.keys():
-        for pooled, averaged in found.squeezes[value]:
+    for value, pairs in found.squeezes.items():
+        for pooled, averaged in pairs if value in known else ():
             _squeeze(keeping, pooled, averaged, known[value], pools[pooled])
 
 
