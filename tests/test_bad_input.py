@@ -304,7 +304,7 @@ ROWS: list[Row] = [
         "rewrites",
         (["recompute_product"], "did you mean 'recompute_products'"),
         *((value, "expected names in a list") for value in ("recompute_products", 3, True, nn.ReLU)),
-        *(([value], "expected some of 'moments'") for value in (3, None, [], nn.ReLU)),
+        *(([value], "expected some of 'linear_gates'") for value in (3, None, [], nn.ReLU)),
         (["moments"], "rewrites: 'moments' rounds in another way; pass exact=False"),
     ),
     *rows("optimize_for_training", "exact", *((value, "exact=") for value in (1, None, "no", [], nn.ReLU))),
