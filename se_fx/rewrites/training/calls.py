@@ -31,6 +31,7 @@ __all__ = [
     "activated",
     "held",
     "is_hooked",
+    "is_still",
     "module_or_function",
     "name_of_class",
     "normalized",
@@ -57,7 +58,7 @@ def normalized(
         *args: more arguments.
         **kwargs: more arguments.
     """
-    if not is_kept(value) or (isinstance(norm, nn.Module) and (name_of_class(norm) != known[0] or is_hooked(norm))):
+    if not is_kept(value) or (isinstance(norm, nn.Module) and not is_still(norm, known[0])):
         return module_or_function(norm)(value, *args, **kwargs), None
     result, run, sources = recomputed(_normalize, value, (norm, args, kwargs), {}, recipe)
     again = None if run is None else Recipe(run, value if recipe is None else recipe, *sources)
@@ -300,6 +301,11 @@ def is_hooked(callee: Callee) -> bool:
     if isinstance(callee, str):
         return False
     return hooked(callee) or "forward" in callee.__dict__ or bool(_has_any_global_hook())  # type: ignore[no-untyped-call]
+
+
+def is_still(module: nn.Module, name: str) -> bool:
+    """Whether a module's own class has this name, as when it was looked at, and calling it does no more than run that."""
+    return name_of_class(module) == name and not is_hooked(module)
 
 
 def name_of_class(module: nn.Module) -> str:

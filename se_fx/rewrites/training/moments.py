@@ -28,7 +28,7 @@ from se_fx.rewrites.training.calls import (
     BatchNorm,
     Callee,
     GroupNorm,
-    is_hooked,
+    is_still,
     module_or_function,
     name_of_class,
     normalized,
@@ -102,7 +102,7 @@ def squeezed(pooled: Tensor, value: Tensor, found: Moments | None, *modules: tup
     """
     if found is None or found.value is not value or pooled.numel() != found.mean.numel():
         return pooled
-    if any(name_of_class(module) != name or is_hooked(module) for module, name in modules):
+    if not all(is_still(module, name) for module, name in modules):
         return pooled
     return found.mean.reshape(pooled.shape).to(pooled.dtype)
 
