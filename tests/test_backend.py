@@ -185,6 +185,22 @@ def test_two_models_in_one_process(rewritten: list[int]) -> None:
 
 
 @pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize("skip", ["skip_guard_on_all_nn_modules_unsafe", "skip_all_guards_unsafe"])
+@torch.no_grad()
+def test_weights_are_looked_at_where_guards_are_skipped(skip: str, rewritten: list[int]) -> None:
+    """Code that was compiled for the first model is taken for the second, whose class is the same."""
+    models, x = [net(0), net(1)], images()
+    options = {**FROZEN, "guard_filter_fn": getattr(torch.compiler, skip)}
+    compiled = [torch.compile(model, backend="se_fx", options=options.copy()) for model in models]
+    for _ in range(2):
+        for model, fast in zip(models, compiled, strict=True):
+            assert_close(fast(x), model(x))
+    models[0].load_state_dict(net(2).state_dict())
+    assert_close(compiled[0](x), models[0](x))
+    assert len(rewritten) == 1
+
+
+@pytest.mark.usefixtures("quick")
 @torch.no_grad()
 def test_a_dynamic_batch_compiles_once(rewritten: list[int]) -> None:
     model = net()

@@ -13,11 +13,13 @@ changing order, and ratios are those of a round. *Overhead left* is the share of
 ratio of optimized to plain, less 1, over the ratio of unoptimized to plain, less 1. Compiled is `torch.compile` with Inductor's
 freezing; all is in memory format channels_last. Weights are random, and statistics of batch norms are those of random images.
 Without --networks, plain is optimized too: what that changes has nothing to do with SE. With --backend, each network with SE is
-also compiled as it is by ``torch.compile(model, backend="se_fx")``.
+also compiled as it is by ``torch.compile(model, backend="se_fx")``. With --skip-guards, compiled code doesn't look at each call
+whether modules are as they were (`torch.compiler.skip_guard_on_all_nn_modules_unsafe`), which takes time with each module.
 
     python examples/benchmarks/inference.py                                                # everything: hours
     python examples/benchmarks/inference.py --models resnet50 --networks seresnet50 --batch-sizes 1 8 --modes compiled
     python examples/benchmarks/inference.py --modes eager --dtypes float32 --json eager.json
+    python examples/benchmarks/inference.py --models efficientnet_b0 --batch-sizes 1 --modes compiled --backend --skip-guards
     python examples/benchmarks/inference.py --batch-sizes 1 --rounds 3 --min-seconds 0     # a first look
 
 docs/composer.md says how to install Composer beside a current PyTorch.
@@ -120,6 +122,22 @@ def lively(model: nn.Module) -> nn.Module:
     return model.eval()
 
 
+class Unguarded(nn.Module):
+    """A model that its first call compiles, for itself alone, into code that asks nothing of its modules afterwards."""
+
+    def __init__(self, model: nn.Module, backend: str) -> None:
+        super().__init__()
+        self.model, self.backend, self.compiled = model, backend, None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.compiled is None:
+            options = {"guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe}
+            self.compiled = torch.compile(
+                self.model, backend=self.backend, options=options, dynamic=False, isolate_recompiles=True
+            )
+        return self.compiled(x)
+
+
 # -------------------------------------------------------------------------------------------------------------- measuring
 def prepared(group: str, chosen: list[str] | None, inputs: Tensor) -> tuple[dict[str, nn.Module], dict[str, str]]:
     """The models of a group, each as it is and optimized; and for each how far apart the two's outputs are."""
@@ -174,11 +192,15 @@ def main() -> None:
     add("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES), help="of weights and images (default: both)")
     add("--modes", nargs="+", choices=modes, default=list(modes), help="how models are called (default: both)")
     add("--backend", action="store_true", help="compile networks with SE also by backend se_fx")
+    add("--skip-guards", action="store_true", help="compiled code doesn't check modules at each call; with --modes compiled")
     add("--rounds", type=int, default=31, metavar="N", help="timings of each model (default: 31)")
     add("--min-seconds", type=float, default=0.3, metavar="S", help=seconds)
     add("--device", default="cpu", metavar="NAME", help="such as cpu or cuda (default: cpu)")
     add("--json", type=Path, metavar="FILE", help="write the seconds of all rounds there, anew after each table")
     arguments = parser.parse_args()
+    compiles = "compiled" in arguments.modes
+    if arguments.skip_guards and arguments.modes != ["compiled"]:
+        parser.error("--skip-guards: it is for compiled code alone; pass --modes compiled")
 
     written: list[dict[str, Any]] = []
     machine = ""
@@ -189,21 +211,28 @@ def main() -> None:
         bar.set_description(title)
         inputs = torch.randn(batch_size, 3, SIZE, SIZE).to(arguments.device, DTYPES[dtype], memory_format=torch.channels_last)
         models, differences = prepared(group, arguments.networks, inputs)
-        if arguments.backend and "compiled" in arguments.modes:
+        if arguments.backend and compiles:
             names = [name.removesuffix(OPTIMIZED) for name in models if name.endswith(OPTIMIZED)]
             models |= {name + BY_BACKEND: models[name] for name in names}
-        result = se_fx.bench(
-            models,
-            inputs,
-            batch_sizes=(batch_size,),
-            backend={name: "se_fx" for name in models if name.endswith(BY_BACKEND)},
-            compiled="both" if len(set(arguments.modes)) == 2 else "compiled" in arguments.modes,
-            freezing="compiled" in arguments.modes,
-            channels_last=True,
-            rounds=arguments.rounds,
-            min_seconds=arguments.min_seconds,
-        )
+        backends = {name: "se_fx" for name in models if name.endswith(BY_BACKEND)}
+        if arguments.skip_guards:  # models that compile themselves
+            models = {name: Unguarded(model, backends.get(name, "inductor")) for name, model in models.items()}
+        bench_compiles = compiles and not arguments.skip_guards
+        with torch._inductor.config.patch(freezing=arguments.skip_guards, freezing_discard_parameters=False):
+            result = se_fx.bench(
+                models,
+                inputs,
+                batch_sizes=(batch_size,),
+                backend=backends if bench_compiles else "inductor",
+                compiled="both" if len(set(arguments.modes)) == 2 else bench_compiles,
+                freezing=bench_compiles,
+                channels_last=True,
+                rounds=arguments.rounds,
+                min_seconds=arguments.min_seconds,
+            )
         rows = against(result)
+        if arguments.skip_guards:
+            rows = [[name, "unguarded", *cells] for name, _, *cells in rows]
         rows += [[name, "", *words.split(": ")[:1]] for name, words in differences.items() if name not in models]
         tqdm.write(f"## {title}\n\n{tabulate(rows, HEADERS, 'github', disable_numparse=True)}\n")
         tqdm.write(tabulate(differences.items(), ["model", "largest difference of outputs"], "github") + "\n")

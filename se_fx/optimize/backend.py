@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
@@ -119,14 +120,15 @@ def _watched(
 ) -> Callable[..., Any]:
     """What runs `compiled` while weights are as they were, and `captured` afterwards."""
     given = set(inputs)
-    state = [(place, value) for place, value in enumerate(example_inputs) if place not in given]
+    places = [place for place in range(len(example_inputs)) if place not in given]
+    state = [example_inputs[place] for place in places]
     constants = [tensor for tensor in constants if not tensor.is_inference()]  # which have no versions
     versions = [tensor._version for tensor in constants]
     stale = False
 
     def run(*args: Any) -> Any:
         nonlocal stale
-        is_same = all(args[place] is value for place, value in state)
+        is_same = all(map(operator.is_, (args[place] for place in places), state))
         if is_same and [tensor._version for tensor in constants] == versions:
             return compiled(*[args[place] for place in inputs])
         if not stale:

@@ -21,10 +21,10 @@ from se_fx.rewrites.training import calls, recipes, saving
 X = torch.randn(3, CHANNELS, 6, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
 
 
-@pytest.fixture(autouse=True, params=["at once", "by sample"])
+@pytest.fixture(autouse=True, params=["at once", "by part"])
 def sums(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Gates' gradients are summed either way."""
-    monkeypatch.setattr(calls, "LARGE", 0 if request.param == "by sample" else 2**60)
+    monkeypatch.setattr(calls, "LARGE", 0 if request.param == "by part" else 2**60)
 
 
 def optimized(model: nn.Module, **options: Any) -> tuple[nn.Module, nn.Module]:
@@ -446,6 +446,95 @@ def test_norms_of_others_that_are_set_otherwise_later(attribute: str, value: Any
     assert kept_maps(copy.deepcopy(lean), X) < kept_maps(copy.deepcopy(model), X)
     for each in (model, lean):
         setattr(each[1], attribute, value)
+    assert_alike(step(lean, X), step(model, X))
+
+
+class Giving(torch.autograd.Function):
+    """A function whose input's gradient is X."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, told: Callable[[Tensor], object]) -> Tensor:
+        ctx.told = told
+        return value.sum()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        made = gradient * X
+        ctx.told(made)
+        return made, None
+
+
+def backward(y: Tensor, told: Callable[[Tensor], object] = lambda _: None) -> None:
+    Giving.apply(y, told).backward()
+
+
+#: Who else has the gradient of a product: each appends it to a list.
+HOLDERS: dict[str, Callable[[Any, list[Any], Tensor], object]] = {
+    "who made it": lambda y, held, _: backward(y, held.append),
+    "a hook": lambda y, held, _: (y.register_hook(held.append), backward(y)),
+    "a hook of the node": lambda y, held, _: (y.grad_fn.register_prehook(held.extend), backward(y)),
+    "a hook behind the node": lambda y, held, _: (y.grad_fn.register_hook(lambda _, given: held.extend(given)), backward(y)),
+    "the product": lambda y, held, _: (y.retain_grad(), backward(y), held.append(y.grad)),
+    "who asks for it": lambda y, held, _: held.extend(
+        torch.autograd.grad(Giving.apply(y, len), [y, *(node.variable for node, _ in y.grad_fn.next_functions)])[:1]
+    ),
+    "who gives it": lambda y, held, _: (held.append(X.clone()), y.backward(held[0])),
+    "a summand": lambda y, held, other: (backward(y + other), held.append(other.grad)),
+    "its whole": lambda y, held, _: backward(y, lambda made: held.append(made.view(-1))),
+}
+
+
+@pytest.mark.parametrize("holder", HOLDERS)
+def test_a_gradient_that_somebody_has_is_not_written_to(holder: str) -> None:
+    map_, gate = X.clone().requires_grad_(), X[:, :, :1, :1].clone().requires_grad_()
+    held: list[Any] = []
+    summand = torch.zeros_like(X).requires_grad_().mul(1)  # made before the product, it has its gradient after it
+    summand.retain_grad()
+    HOLDERS[holder](calls.product(map_, gate, calls.held(map_)), held, summand)
+    (found,) = held
+    assert torch.equal(found.view(X.shape), X)
+    if map_.grad is not None:
+        assert torch.equal(map_.grad, X * gate)
+
+
+def test_a_gradient_that_nobody_has_makes_room_for_the_next(request: pytest.FixtureRequest) -> None:
+    map_, gate = X.clone().requires_grad_(), X[:, :, :1, :1].clone().requires_grad_()
+    places: list[int] = []
+    map_.register_hook(lambda gradient: places.append(gradient.data_ptr()))
+    backward(calls.product(map_, gate, calls.held(map_)), lambda made: places.append(made.data_ptr()))
+    assert (places[0] == places[1]) == ("by part" in request.node.name)
+    assert torch.equal(map_.grad, X * gate)
+    assert torch.allclose(gate.grad, (X * X).sum((2, 3), keepdim=True), rtol=1e-12, atol=0)
+
+
+def test_a_gradient_that_is_one_number_everywhere_is_not_written_to() -> None:
+    map_, gate = X.clone().requires_grad_(), X[:, :, :1, :1].clone().requires_grad_()
+    calls.product(map_, gate, calls.held(map_)).sum().backward()
+    assert torch.equal(map_.grad, gate.expand_as(X))
+
+
+@pytest.mark.parametrize("missing", ["_use_count", "_uses_of_storage"])
+def test_where_it_cannot_be_told_who_has_a_gradient(missing: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(calls, missing, None)
+    monkeypatch.setattr(calls, "_unshared", calls._unshared.__wrapped__)
+    test_a_gradient_that_somebody_has_is_not_written_to("who made it")
+
+
+@pytest.mark.parametrize("name", [name for name in UNITS if name != "methods"])  # whose gate is as large as its map
+def test_products_of_all_units_are_by_part(name: str, request: pytest.FixtureRequest) -> None:
+    _, lean = optimized(UNITS[name][0]())
+    nodes = [lean(X).grad_fn]
+    for node in nodes:  # which grows
+        nodes += [before for before, _ in node.next_functions if before is not None and before not in nodes]
+    assert ("_ProductBackward" in [type(node).__name__ for node in nodes]) == ("by part" in request.node.name)
+
+
+@pytest.mark.parametrize("samples", [1, 2, 4])
+@pytest.mark.parametrize("name", UNITS)
+def test_parts_of_all_sizes(name: str, samples: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three samples: one by one, two and one, all at once."""
+    monkeypatch.setattr(recipes, "PART", samples * X[0].numel() * X.element_size())
+    model, lean = optimized(UNITS[name][0]())
     assert_alike(step(lean, X), step(model, X))
 
 

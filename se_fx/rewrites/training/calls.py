@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import inspect
 import operator
+import sys
 import weakref
 from typing import Any, NamedTuple
 
@@ -232,27 +233,34 @@ def product(value: Tensor, gate: Tensor, recipe: Recipe | None) -> Tensor:
     """``value * gate``, for which only the recipe of the value is kept, if there is one."""
     if recipe is None:
         return value * gate
-    is_by_sample, readers = _is_by_sample(value, gate), recipe.shelf.readers
-    result: Tensor = recomputed(_Product.apply if is_by_sample else torch.mul, value, (gate,), {}, recipe)
-    if is_by_sample and recipe.shelf.readers > readers:
-        result.grad_fn.kept = weakref.ref(recipe)  # type: ignore[union-attr]  # it lives as long as autograd keeps it
+    is_by_part, readers = _is_by_part(value, gate), recipe.shelf.readers
+    result: Tensor = recomputed(_Product.apply if is_by_part else torch.mul, value, (gate,), {}, recipe)
+    node: Any = result.grad_fn
+    if is_by_part:
+        node.unshared = _unshared()
+        if recipe.shelf.readers > readers:
+            node.kept = weakref.ref(recipe)  # it lives as long as autograd keeps it
     return result
 
 
 class _Product(torch.autograd.Function):
-    """``value * gate``, whose gate's gradient is summed sample by sample, which is less to write and read than all at once.
+    """``value * gate``, whose gate's gradient is summed part by part, which is less to write and read than all at once.
 
+    Where nobody else holds the product's gradient, the value's is made in its memory, as autograd makes sums of gradients.
     Derivatives of that are those of the plain formula.
     """
 
     @staticmethod
     def forward(ctx: Any, value: Tensor, gate: Tensor) -> Tensor:
         ctx.save_for_backward(value if ctx.needs_input_grad[1] else None, gate)
-        ctx.kept = None
+        ctx.kept = ctx.unshared = ctx.note = None
         return value * gate
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        holders = _holders(gradient)
+        if ctx.note is not None:
+            ctx.note(holders)
         recipe = ctx.kept and ctx.kept()
         for_gate = None
         if recipe is None or torch.is_grad_enabled():
@@ -263,15 +271,40 @@ class _Product(torch.autograd.Function):
             with recipe.spared():
                 _, gate = ctx.saved_tensors
             for_gate = recipe.times(gradient)
-        return gradient * gate if ctx.needs_input_grad[0] else None, for_gate
+        if not ctx.needs_input_grad[0]:
+            return None, for_gate
+        is_free = holders is not None and holders == ctx.unshared and not torch.is_grad_enabled()
+        return gradient.mul_(gate) if is_free else gradient * gate, for_gate
 
 
-#: Bytes of maps that leave the CPU's caches: what is as large is made sample by sample.
+def _holders(gradient: Tensor) -> tuple[int, int, int] | None:
+    """How many hold a gradient, as tensor, as an object of Python, and as memory; None where that can't be told."""
+    if type(gradient) is not Tensor or _use_count is None or _uses_of_storage is None or torch.compiler.is_compiling():
+        return None
+    return _use_count(gradient), sys.getrefcount(gradient), _uses_of_storage(gradient.untyped_storage()._cdata)
+
+
+_use_count = getattr(Tensor, "_use_count", None)
+_uses_of_storage = getattr(torch._C, "_storage_Use_Count", None)
+
+
+@functools.cache
+def _unshared() -> Any:
+    """What `_holders` finds in `backward` for a gradient that nobody holds but autograd: one that was just computed."""
+    found: list[Any] = []
+    value, gate = (torch.ones(1, 1, 1, 1, device="cpu", requires_grad=True) for _ in range(2))
+    result: Tensor = _Product.apply(value, gate)
+    result.grad_fn.note = found.append  # type: ignore[union-attr]
+    torch.autograd.grad(result * 2, value)
+    return found[0]
+
+
+#: Bytes of maps that leave the CPU's caches: what is as large is made part by part.
 LARGE = 4 * 2**20
 
 
-def _is_by_sample(value: Tensor, gate: Tensor) -> bool:
-    """Whether summing sample by sample is worth it, as it is where the CPU's caches hold one and not all, and right."""
+def _is_by_part(value: Tensor, gate: Tensor) -> bool:
+    """Whether summing part by part is worth it, as it is where the CPU's caches hold a part and not all, and right."""
     if value.numel() * value.element_size() <= LARGE or value.device.type != "cpu" or has_hooks_around():
         return False
     is_plain = type(value) is Tensor and type(gate) is Tensor and value.dtype == gate.dtype and value.is_floating_point()

@@ -18,6 +18,9 @@ from torch import Tensor
 
 __all__ = ["Hooks", "Recipe"]
 
+#: Bytes of a part of a map that a core's caches hold.
+PART = 2**20
+
 Hooks = tuple[Callable[[Tensor], Any], Callable[[Any], Tensor]]
 
 
@@ -95,14 +98,14 @@ class Recipe:
         return shelf.put(self._computed(), shelf.readers) if shelf.value is None else shelf.value
 
     def times(self, gradient: Tensor) -> Tensor:
-        """The sum over space of the value times a gradient, (N, C, 1, 1). Sample by sample: nothing of their size is made."""
-        shelf, count = self.shelf, len(gradient)
+        """The sum over space of the value times a gradient, (N, C, 1, 1). Part by part: nothing of their size is made."""
+        shelf, parts = self.shelf, _Parts(gradient)
         with torch.no_grad():
             alone = shelf.value is None and shelf.readers == 1 and self._is_by_sample()
-            values = self._samples(count) if alone else self.unpack().chunk(count)
+            values = self._parts(parts) if alone else parts.of(self.unpack())
             with torch.autocast(gradient.device.type, enabled=False):
-                pairs = zip(values, gradient.chunk(count), strict=True)
-                return torch.cat([(one * value).sum((2, 3), keepdim=True) for value, one in pairs])
+                pairs = zip(values, parts.of(gradient), strict=True)
+                return torch.cat([(part * value).sum((2, 3), keepdim=True) for value, part in pairs])
 
     @contextlib.contextmanager
     def spared(self) -> Iterator[None]:
@@ -130,16 +133,16 @@ class Recipe:
                 )
         return self.sources
 
-    def _samples(self, count: int) -> Iterator[Tensor]:
-        """Each of so many samples by itself, so that there is room for one only, unless it is known already."""
+    def _parts(self, parts: _Parts) -> Iterator[Tensor]:
+        """The value, a few samples at a time, so that there is room for these only, unless it is known already."""
         if self.shelf.value is not None:
-            yield from self.shelf.value.chunk(count)
+            yield from parts.of(self.shelf.value)
             return
-        parts = [each._samples(count) if isinstance(each, Recipe) else _samples(each, count) for each in self._current()]
-        for values in zip(*parts, strict=True):
+        sources = [each._parts(parts) if isinstance(each, Recipe) else parts.of(each) for each in self._current()]
+        for values in zip(*sources, strict=True):
             with self._as_it_was(values):
-                one = self.run(*values)
-            yield one
+                part = self.run(*values)
+            yield part
 
     def _is_by_sample(self) -> bool:
         """Whether it gives each sample for what the maps among its sources are for that sample."""
@@ -153,10 +156,20 @@ class Recipe:
         return torch.autocast(_device(values), enabled=False) if _is_any_autocast_on() else contextlib.nullcontext()
 
 
-def _samples(source: Tensor | _Held | None, count: int) -> Iterable[Tensor | None]:
-    value = source.within() if isinstance(source, _Held) else source
-    is_of_samples = value is not None and value.ndim == 4 and len(value) == count  # else it is for all of them
-    return value.chunk(count) if value is not None and is_of_samples else itertools.repeat(value, count)
+class _Parts:
+    """Samples, as many at a time as caches hold, and threads can share."""
+
+    def __init__(self, map_: Tensor) -> None:
+        self.samples = len(map_)
+        self.size = max(1, PART // (map_[0].numel() * map_.element_size()))
+
+    def of(self, source: Tensor | _Held | None) -> Iterable[Any]:
+        """The parts of a map, or for each part the same."""
+        value = source.within() if isinstance(source, _Held) else source
+        is_of_samples = value is not None and value.ndim == 4 and len(value) == self.samples  # else it is for all of them
+        if value is not None and is_of_samples:
+            return torch.split(value, self.size)
+        return itertools.repeat(value, -(-self.samples // self.size))
 
 
 def _device(sources: Iterable[Any]) -> str:

@@ -88,16 +88,17 @@ def recompute_readers(keeping: Keeping) -> Iterator[Change]:
             yield Change(place, False, unit.unread)
             continue
         node, value, gate = keeping.now(unit.scale)
-        with keeping.graph.inserting_after(node):
-            again = insert_wrapped(keeping, node, scaled, None, gate)
-        with keeping.graph.inserting_before(again):
+        with keeping.graph.inserting_before(node):
             known = keeping.woven.recipes.get(unit.scale.value) if unit.scale.node in keeping.woven.values else None
-            again.args = (known or insert_wrapped(keeping, node, held, value), gate)
+            recipe = known or insert_wrapped(keeping, node, held, value)
+            again = insert_wrapped(keeping, node, scaled, recipe, gate)
+            if not is_training_call(node):
+                exchange(keeping, node, insert_wrapped(keeping, node, product, value, gate, recipe))
         for reader in unit.readers:
             if keeping.norm(reader):
                 normalize(keeping, reader, again)
                 continue
             with keeping.graph.inserting_before(reader):
-                module, rest = callee(keeping, reader), reader.args[1:]
-                exchange(keeping, reader, insert_wrapped(keeping, reader, reading, module, node, again, *rest, **reader.kwargs))
+                module, (map_, *rest) = callee(keeping, reader), reader.args
+                exchange(keeping, reader, insert_wrapped(keeping, reader, reading, module, map_, again, *rest, **reader.kwargs))
         yield Change(place, True, f"is scaled again for {names_of(unit.readers)}")
