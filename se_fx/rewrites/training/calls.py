@@ -235,11 +235,8 @@ def product(value: Tensor, gate: Tensor, recipe: Recipe | None) -> Tensor:
         return value * gate
     is_by_part, readers = _is_by_part(value, gate), recipe.shelf.readers
     result: Tensor = recomputed(_Product.apply if is_by_part else torch.mul, value, (gate,), {}, recipe)
-    node: Any = result.grad_fn
-    if is_by_part:
-        node.unshared = _unshared()
-        if recipe.shelf.readers > readers:
-            node.kept = weakref.ref(recipe)  # it lives as long as autograd keeps it
+    if is_by_part and recipe.shelf.readers > readers:
+        result.grad_fn.kept = weakref.ref(recipe)  # type: ignore[union-attr]  # it lives as long as autograd keeps it
     return result
 
 
@@ -253,14 +250,12 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, value: Tensor, gate: Tensor) -> Tensor:
         ctx.save_for_backward(value if ctx.needs_input_grad[1] else None, gate)
-        ctx.kept = ctx.unshared = ctx.note = None
+        ctx.kept = ctx.note = None
         return value * gate
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        holders = _holders(gradient)
-        if ctx.note is not None:
-            ctx.note(holders)
+        holders = None if torch.compiler.is_compiling() or torch.is_grad_enabled() else _holders(gradient)
         recipe = ctx.kept and ctx.kept()
         for_gate = None
         if recipe is None or torch.is_grad_enabled():
@@ -273,13 +268,16 @@ class _Product(torch.autograd.Function):
             for_gate = recipe.times(gradient)
         if not ctx.needs_input_grad[0]:
             return None, for_gate
-        is_free = holders is not None and holders == ctx.unshared and not torch.is_grad_enabled()
-        return gradient.mul_(gate) if is_free else gradient * gate, for_gate
+        if ctx.note is not None:
+            ctx.note(holders)
+        elif holders is not None and holders == _unshared():
+            return gradient.mul_(gate), for_gate
+        return gradient * gate, for_gate
 
 
 def _holders(gradient: Tensor) -> tuple[int, int, int] | None:
     """How many hold a gradient, as tensor, as an object of Python, and as memory; None where that can't be told."""
-    if type(gradient) is not Tensor or _use_count is None or _uses_of_storage is None or torch.compiler.is_compiling():
+    if type(gradient) is not Tensor or _use_count is None or _uses_of_storage is None:
         return None
     return _use_count(gradient), sys.getrefcount(gradient), _uses_of_storage(gradient.untyped_storage()._cdata)
 
@@ -292,10 +290,11 @@ _uses_of_storage = getattr(torch._C, "_storage_Use_Count", None)
 def _unshared() -> Any:
     """What `_holders` finds in `backward` for a gradient that nobody holds but autograd: one that was just computed."""
     found: list[Any] = []
-    value, gate = (torch.ones(1, 1, 1, 1, device="cpu", requires_grad=True) for _ in range(2))
-    result: Tensor = _Product.apply(value, gate)
-    result.grad_fn.note = found.append  # type: ignore[union-attr]
-    torch.autograd.grad(result * 2, value)
+    with torch.enable_grad():
+        value, gate = (torch.ones(1, 1, 1, 1, device="cpu", requires_grad=True) for _ in range(2))
+        result: Tensor = _Product.apply(value, gate)
+        result.grad_fn.note = found.append  # type: ignore[union-attr]
+        torch.autograd.grad(result * 2, value)
     return found[0]
 
 
