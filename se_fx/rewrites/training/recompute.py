@@ -11,6 +11,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from torch import fx
+
 from se_fx.rewrites.change import Change, place_of
 from se_fx.rewrites.training.calls import activated, held, product, reading, scaled
 from se_fx.rewrites.training.keeping import Keeping, Unit
@@ -71,11 +73,7 @@ def recompute_products(keeping: Keeping) -> Iterator[Change]:
             yield Change(place, False, way.reason)
             continue
         node, value, gate = keeping.now(unit.scale)
-        if is_training_call(node):  # by moments, in compiled code
-            node.args = (value, gate, recipe, *node.args[3:])
-        else:
-            with keeping.graph.inserting_before(node):
-                exchange(keeping, node, insert_wrapped(keeping, node, product, value, gate, recipe))
+        _multiply(keeping, node, value, gate, recipe)
         source = f"what {place_of(way.source)} keeps" if way.is_norm else place_of(way.source)
         yield Change(place, True, f"is computed again from {source}" + (f", by {names_of(way.steps)}" if way.steps else ""))
 
@@ -92,8 +90,7 @@ def recompute_readers(keeping: Keeping) -> Iterator[Change]:
             known = keeping.woven.recipes.get(unit.scale.value) if unit.scale.node in keeping.woven.values else None
             recipe = known or insert_wrapped(keeping, node, held, value)
             again = insert_wrapped(keeping, node, scaled, recipe, gate)
-            if not is_training_call(node):
-                exchange(keeping, node, insert_wrapped(keeping, node, product, value, gate, recipe))
+        _multiply(keeping, node, value, gate, recipe)
         for reader in unit.readers:
             if keeping.norm(reader):
                 normalize(keeping, reader, again)
@@ -102,3 +99,12 @@ def recompute_readers(keeping: Keeping) -> Iterator[Change]:
                 module, (map_, *rest) = callee(keeping, reader), reader.args
                 exchange(keeping, reader, insert_wrapped(keeping, reader, reading, module, map_, again, *rest, **reader.kwargs))
         yield Change(place, True, f"is scaled again for {names_of(unit.readers)}")
+
+
+def _multiply(keeping: Keeping, node: fx.Node, value: fx.Node, gate: fx.Node, recipe: fx.Node) -> None:
+    """Have a product keep the recipe of its map."""
+    if is_training_call(node):  # by moments, in compiled code
+        node.args = (value, gate, recipe, *node.args[3:])
+        return
+    with keeping.graph.inserting_before(node):
+        exchange(keeping, node, insert_wrapped(keeping, node, product, value, gate, recipe))
