@@ -53,8 +53,8 @@ def optimize_for_training(
 
     What the products with gates, and the layers after them, keep for the backward pass is computed again in it, from what the
     norms and activations before keep anyway. Works on se_fx's blocks and on those of others, recognised by what they compute.
-    Outputs and running statistics are the model's bit for bit; gradients are its up to rounding. With ``exact=False``, what
-    `torch.compile` makes of the copy reads feature maps less often, too, and is the model's up to rounding.
+    Outputs and running statistics are the model's bit for bit; gradients are its up to rounding. With ``exact=False`` all is up
+    to rounding: gates take less time, and what `torch.compile` makes of the copy reads feature maps less often.
 
     The copy has the same parameters and buffers, the very same objects, under the same keys: optimizers made for the model
     train it, and checkpoints of one load into the other. It runs in either mode, under autocast, in distributed training, with
@@ -62,7 +62,7 @@ def optimize_for_training(
 
     The rewrites, in their order (`se_fx.rewrites.TRAINING_REWRITES`):
 
-    - ``linear_gates``: convolutions within gates as matrix products, in compiled code, if not ``exact``;
+    - ``linear_gates``: convolutions within gates as matrix products, if not ``exact``;
     - ``moments``: norm, squeeze and scale in one pass over a map, in compiled code, if not ``exact``;
     - ``recompute_activations``: for what activations between a norm and a product with a gate keep;
     - ``recompute_products``: for what a product with a gate keeps of its map;
@@ -74,8 +74,8 @@ def optimize_for_training(
         model: any module, not yet compiled, scripted or wrapped; in either mode.
         example_inputs: a tensor, a tuple of positional or a dict of keyword arguments. With them, the report counts the bytes
             that autograd keeps, before and after. Nothing is computed on them.
-        exact: whether outputs are to stay bit for bit what they are. Only compiled code can be faster otherwise; called
-            without `torch.compile`, the copy computes the same either way.
+        exact: whether outputs are to stay bit for bit what they are. Otherwise training is faster: a little where convolutions
+            make the gates, and more where `torch.compile` compiles it.
         rewrites: names of the rewrites to apply; None for all that are as `exact` as asked.
 
     Raises:

@@ -19,6 +19,7 @@ from se_fx.regions.forwards import (
     UNSCALED,
     Forward,
     Forwards,
+    asking_once,
     by_mode,
     forward_of,
     functions_of,
@@ -201,7 +202,8 @@ class GraphRegion(Rewritten, fx.GraphModule):
             if graph not in forwards:
                 self._graph = graph
                 graph.owning_module = self
-                code = super().recompile()
+                with asking_once(graph):
+                    code = super().recompile()
                 forwards[graph] = type(self).forward
         region = {mode: forwards[graphs.get(mode, self._graph)] for mode in (True, False)}
         if "_graphs" not in self.__dict__:  # a view of a graph, for passes

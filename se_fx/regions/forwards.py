@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import functools
+import itertools
+import re
 import types
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from typing import Any
 
 from torch import fx, nn
@@ -18,6 +23,7 @@ __all__ = [
     "UNSCALED",
     "Forward",
     "Forwards",
+    "asking_once",
     "by_mode",
     "forward_of",
     "functions_of",
@@ -41,11 +47,75 @@ def functions_of(graphs: Mapping[bool, fx.Graph] | None) -> dict[bool, Forward] 
         return None
     made: dict[fx.Graph, Forward] = {}
     for graph in set(graphs.values()):
-        code = graph.python_code("self")
+        with asking_once(graph):
+            code = graph.python_code("self")
         names = dict(code.globals)
         exec(compile(code.src, "<the graph of a module>", "exec"), names)  # as fx does
         made[graph] = names["forward"]
     return {training: made[graph] for training, graph in graphs.items()}
+
+
+def asking_once(graph: fx.Graph) -> AbstractContextManager[None]:
+    """Within, code that is generated asks for a module that holds others once, not for each of these that it calls.
+
+    Each step of a path through a model is a call of Python's, and in small networks all of them take longer than a convolution.
+    """
+    return graph.on_generate_code(lambda before: lambda body: _asking_once(before(body) if before else body))
+
+
+def _asking_once(body: list[str]) -> list[str]:
+    source = "".join(body)
+    tree, lines = ast.parse(source), source.encode().split(b"\n")
+
+    def text(node: ast.expr) -> str:
+        return lines[node.lineno - 1][node.col_offset : node.end_col_offset].decode()
+
+    paths = [(statement.lineno - 1, path, [*map(text, path)]) for statement in tree.body for path in _paths(statement)]
+    first = {each: row for row, _, texts in reversed(paths) for each in texts}
+    holders = {each: holder for _, _, texts in paths for holder, each in itertools.pairwise(["", *texts])}
+    uses = Counter(texts[-1] for _, _, texts in paths) + Counter(holders.values())
+    names, taken = {"": ""}, {each.id for each in ast.walk(tree) if isinstance(each, ast.Name)}
+    for each in holders:
+        if uses[each] > 1:
+            name = "_".join(re.findall(r"\w+", each.replace("getattr(", "")))
+            while name in taken:
+                name += "_"
+            taken.add(name)
+            names[each] = name
+    for _, path, texts in reversed(paths):
+        node, each = next((pair for pair in zip(reversed(path), reversed(texts), strict=True) if pair[1] in names), (None, ""))
+        if node is not None:
+            line = lines[node.lineno - 1]
+            lines[node.lineno - 1] = line[: node.col_offset] + names[each].encode() + line[node.end_col_offset :]
+    for each in sorted(names.keys() - {""}, key=lambda each: (first[each], len(each)), reverse=True):
+        holder = holders[each]
+        while holder not in names:
+            holder = holders[holder]
+        lines.insert(first[each], f"{names[each]} = {each.replace(holder, names[holder], 1)}".encode())
+    return [b"\n".join(lines).decode()]
+
+
+def _paths(node: ast.AST) -> Iterator[list[ast.expr]]:
+    """The modules on the way from the root, which isn't among them, to each of those that code asks for."""
+    path: list[ast.expr] = []
+    root = node
+    while (holder := _asked_of(root)) is not None:
+        path.insert(0, holder)
+        root = holder
+    if path and isinstance(root, ast.Name) and root.id == "self":
+        yield from [path[1:]] if path[1:] else []
+    else:
+        for child in ast.iter_child_nodes(node):
+            yield from _paths(child)
+
+
+def _asked_of(node: ast.AST) -> ast.expr | None:
+    """What an attribute is asked of."""
+    if isinstance(node, ast.Attribute):
+        return node.value
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "getattr" and len(node.args) == 2:
+        return node.args[0]
+    return None
 
 
 def by_mode(forwards: Forwards) -> Forward:

@@ -1,4 +1,4 @@
-"""Linear gates: compiled, convolutions of gates are matrix products, while they are convolutions of one position."""
+"""Linear gates: convolutions of gates are matrix products, while they are convolutions of one position."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import torchvision
 from recomputed import CHANNELS, assert_alike, conv, step
 from test_moments import X, assert_close, both, compiled
 from torch import Tensor, fx, nn
+from torch.overrides import TorchFunctionMode
 
 import se_fx
 
@@ -44,6 +45,28 @@ def _compiles_anew() -> None:
     torch._dynamo.reset()
 
 
+@pytest.fixture(params=["eager", "compiled"])
+def run(request: pytest.FixtureRequest) -> Callable[[nn.Module], Any]:
+    """A model as it is called."""
+    return compiled if request.param == "compiled" else lambda model: model
+
+
+class Convolutions(TorchFunctionMode):
+    """How many of them are called within."""
+
+    calls = 0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.calls += func is torch.conv2d
+        return func(*args, **(kwargs or {}))
+
+
+def called(model: nn.Module) -> int:
+    with Convolutions() as found:
+        model(X)
+    return found.calls
+
+
 def convolutions(model: nn.Module, x: Tensor = X) -> int:
     """How many of them there are in what is compiled."""
     found: list[int] = []
@@ -57,18 +80,20 @@ def convolutions(model: nn.Module, x: Tensor = X) -> int:
 
 
 @pytest.mark.parametrize("name", UNITS)
-def test_they_are_products_when_compiled(name: str) -> None:
+def test_they_are_products(name: str, run: Callable[[nn.Module], Any]) -> None:
     make, linear = UNITS[name]
     model, lean = both(make)
     assert convolutions(model) - convolutions(lean) == linear
+    assert called(model) - called(lean) == linear
     assert sum(change.applied for change in se_fx.report(lean).steps[0].changes) == linear
-    assert_close(step(compiled(lean), X), step(model, X))
-    assert_alike(step(lean, X), step(model, X))
+    assert_close(step(run(lean), X), step(model, X))
 
 
 def test_for_exact_results_they_stay() -> None:
     model, _ = both(Gated)
-    assert convolutions(se_fx.optimize_for_training(model)) == convolutions(model)
+    exact = se_fx.optimize_for_training(model)
+    assert convolutions(exact) == convolutions(model)
+    assert_alike(step(exact, X), step(model, X))
 
 
 class Doubled(nn.Conv2d):
@@ -86,37 +111,37 @@ class Doubled(nn.Conv2d):
     ],
     ids=["a class", "in groups", "others", "parametrized"],
 )
-def test_what_is_put_in_their_places_runs(other: nn.Module) -> None:
+def test_what_is_put_in_their_places_runs(other: nn.Module, run: Callable[[nn.Module], Any]) -> None:
     model, lean = both(Gated)
     for each in (model, lean):
         each.narrow = copy.deepcopy(other).double()
-    assert_close(step(compiled(lean), X), step(model, X))
+    assert_close(step(run(lean), X), step(model, X))
 
 
-def test_hooks_that_are_registered_later_run() -> None:
+def test_hooks_that_are_registered_later_run(run: Callable[[nn.Module], Any]) -> None:
     model, lean = both(Gated)
     for each in (model, lean):
         each.narrow.register_forward_hook(lambda module, inputs, output: output.square())
-    assert_close(step(compiled(lean), X), step(model, X))
+    assert_close(step(run(lean), X), step(model, X))
 
 
-def test_a_map_of_more_positions_is_convolved() -> None:
+def test_a_map_of_more_positions_is_convolved(run: Callable[[nn.Module], Any]) -> None:
     """As where what pools is given another size later."""
     model, lean = both(Gated)
     for each in (model, lean):
         each.pool = nn.AvgPool2d((2, 5))
     x = X[..., :2, :]
-    assert_close(step(compiled(lean), x), step(model, x))
+    assert_close(step(run(lean), x), step(model, x))
     for each in (model, lean):
         each.pool = nn.Identity()
     torch._dynamo.reset()
-    assert_close(step(compiled(lean), X), step(model, X))
+    assert_close(step(run(lean), X), step(model, X))
 
 
-def test_under_autocast() -> None:
+def test_under_autocast(run: Callable[[nn.Module], Any]) -> None:
     model, lean = (each.float() for each in both(Gated))
     x = X.float()
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        found, expected = compiled(lean)(x), model(x)
+        found, expected = run(lean)(x), model(x)
     assert found.dtype == expected.dtype
     torch.testing.assert_close(found, expected, rtol=2e-2, atol=2e-2)  # several roundings of 2^-9

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import inspect
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -97,6 +98,25 @@ class InARow(Mobile):
     def forward(self, x: Tensor) -> Tensor:
         x = nn.functional.silu(self.norm(self.conv(x)))
         return self.last(self.se(nn.functional.softplus(nn.functional.hardswish(x, self.inplace), 2.0)))
+
+
+PYTORCHS = [
+    kind
+    for kind in vars(nn.modules.activation).values()
+    if isinstance(kind, type) and issubclass(kind, nn.Module) and "inplace" in inspect.signature(kind).parameters
+]
+
+
+@pytest.mark.parametrize("kind", PYTORCHS)
+def test_activations_of_pytorchs_are_told_not_to_work_in_place(kind: Any) -> None:
+    needed = {"threshold": 0.1, "value": 0.2} if kind is nn.Threshold else {}
+    module = kind(inplace=True, **needed).eval()  # one of them is random in training
+    x = X.clone()
+    found = recipes.out_of_place(module, (), {}, x)
+    assert torch.equal(x, X)
+    assert torch.equal(found, kind(**needed).eval()(X))
+    assert module.inplace
+    assert torch.equal(module(x), x)
 
 
 @pytest.mark.parametrize("rewrites", [None, ["recompute_products"], ["recompute_activations"], ["recompute_readers"]])
@@ -507,13 +527,26 @@ def test_a_gradient_that_nobody_has_makes_room_for_the_next() -> None:
     assert torch.allclose(gate.grad, (X * X).sum((2, 3), keepdim=True), rtol=1e-12, atol=0)
 
 
+def test_the_next_gradient_is_added_to_that_of_a_product_in_its_memory() -> None:
+    """Looking at who has a gradient leaves nobody behind that has it."""
+    source, gate = X.clone().requires_grad_(), X[:, :, :1, :1].clone().requires_grad_()
+    map_ = source * 1
+    squeezed = map_.mean((2, 3), keepdim=True)
+    loss = (calls.product(map_, gate, calls.held(map_)) * 2).sum() + squeezed.sum()
+    with torch.profiler.profile() as profile:
+        loss.backward()
+    names = [event.key for event in profile.key_averages()]
+    assert "aten::add_" in names
+    assert "aten::add" not in names
+
+
 def test_a_gradient_that_is_one_number_everywhere_is_not_written_to() -> None:
     map_, gate = X.clone().requires_grad_(), X[:, :, :1, :1].clone().requires_grad_()
     calls.product(map_, gate, calls.held(map_)).sum().backward()
     assert torch.equal(map_.grad, gate.expand_as(X))
 
 
-@pytest.mark.parametrize("missing", ["_use_count", "_uses_of_storage"])
+@pytest.mark.parametrize("missing", ["_use_count", "_storage", "_uses_of_storage"])
 def test_where_it_cannot_be_told_who_has_a_gradient(missing: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(calls, missing, None)
     monkeypatch.setattr(calls, "_unshared", calls._unshared.__wrapped__)

@@ -6,7 +6,6 @@ Each does exactly what it stands for, and so in eager mode without gradients, an
 from __future__ import annotations
 
 import functools
-import inspect
 import operator
 import sys
 import weakref
@@ -18,22 +17,18 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.module import _has_any_global_hook
-from torch.overrides import TorchFunctionMode
 
 from se_fx.regions import hooked, own_class
-from se_fx.rewrites.training.recipes import Recipe
+from se_fx.rewrites.training.recipes import Callee, Recipe, module_or_function, out_of_place
 from se_fx.rewrites.training.saving import has_hooks_around, is_kept, recomputed
 
 __all__ = [
     "BatchNorm",
-    "Callee",
     "GroupNorm",
-    "OutOfPlace",
     "activated",
     "held",
     "is_hooked",
     "is_still",
-    "module_or_function",
     "name_of_class",
     "normalized",
     "product",
@@ -41,8 +36,6 @@ __all__ = [
     "repeated",
     "scaled",
 ]
-
-Callee = nn.Module | str  # a module, or a function of PyTorch's by its qualified name
 
 
 def normalized(
@@ -129,46 +122,12 @@ def activated(
         *args: more arguments.
         **kwargs: more arguments.
     """
+    if recipe is not None and again is not None and how == "apart":
+        return recomputed(functools.partial(out_of_place, callee, args, kwargs), value, (), {}, recipe, again)
     call = module_or_function(callee)
     if recipe is None or again is None or how == "as ever":
         return call(value, *args, **kwargs)
-    if how == "apart":
-        return recomputed(functools.partial(_applied, call, args, kwargs), value, (), {}, recipe, again)
     return recomputed(call, value, args, kwargs, recipe, again)
-
-
-def _applied(call: Any, args: Any, kwargs: Any, value: Tensor) -> Any:
-    """What a function gives for a value, which is left as it is."""
-    if inspect.isfunction(call) and call.__module__ == F.__name__:  # what it calls has no flags
-        return _out_of_place(call, (value, *args), kwargs)
-    with OutOfPlace():
-        return call(value, *args, **kwargs)
-
-
-class OutOfPlace(TorchFunctionMode):
-    """Within, no activation works in place."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return _out_of_place(func, args, kwargs or {})
-
-
-def _out_of_place(func: Any, args: Any, kwargs: Any) -> Any:
-    """What a function gives, without its flag that it may work in place."""
-    place = _place_of_flag(func)
-    if kwargs.get("inplace"):
-        kwargs = {**kwargs, "inplace": False}
-    elif place is not None and len(args) > place:
-        args = (*args[:place], False, *args[place + 1 :])
-    return func(*args, **kwargs)
-
-
-@functools.lru_cache(maxsize=256)
-def _place_of_flag(func: Any) -> int | None:
-    """Where a function of `torch.nn.functional` has the flag that it may work in place."""
-    if not inspect.isfunction(func):
-        return None
-    names = list(inspect.signature(func).parameters)
-    return names.index("inplace") if "inplace" in names else None
 
 
 class _Grouped:
@@ -220,8 +179,7 @@ def repeated(callee: Callee, recipe: Recipe | None, *args: Any, **kwargs: Any) -
     """The recipe of what a module or function, which knows nothing but its input, gives for a value with one."""
     if recipe is None or is_hooked(callee):
         return None
-    call = callee.forward if isinstance(callee, nn.Module) else module_or_function(callee)
-    return Recipe(functools.partial(_applied, call, args, kwargs), recipe)
+    return Recipe(functools.partial(out_of_place, callee, args, kwargs), recipe)
 
 
 def scaled(recipe: Recipe | None, gate: Tensor) -> Recipe | None:
@@ -277,12 +235,13 @@ class _Product(torch.autograd.Function):
 
 def _holders(gradient: Tensor) -> tuple[int, int, int] | None:
     """How many hold a gradient, as tensor, as an object of Python, and as memory; None where that can't be told."""
-    if type(gradient) is not Tensor or _use_count is None or _uses_of_storage is None:
+    if type(gradient) is not Tensor or _use_count is None or _storage is None or _uses_of_storage is None:
         return None
-    return _use_count(gradient), sys.getrefcount(gradient), _uses_of_storage(gradient.untyped_storage()._cdata)
+    return _use_count(gradient), sys.getrefcount(gradient), _uses_of_storage(_storage(gradient))
 
 
 _use_count = getattr(Tensor, "_use_count", None)
+_storage = getattr(torch._C, "_storage_address", None)  # Python's object of a storage would be one more that holds it
 _uses_of_storage = getattr(torch._C, "_storage_Use_Count", None)
 
 
@@ -316,16 +275,6 @@ def reading(callee: Callee, value: Tensor, recipe: Recipe | None, *args: Any, **
     if recipe is None:
         return call(value, *args, **kwargs)
     return recomputed(call, value, args, kwargs, recipe)
-
-
-def module_or_function(callee: Callee) -> Any:
-    """What a callee stands for."""
-    if isinstance(callee, nn.Module):
-        return callee
-    found: Any = torch
-    for name in callee.removeprefix("torch.").split("."):
-        found = getattr(found, name)
-    return found
 
 
 def is_hooked(callee: Callee) -> bool:

@@ -12,7 +12,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from se_fx.analysis import Modules, called, on_meta, runs_pytorch
-from se_fx.rewrites.training.calls import OutOfPlace
+from se_fx.rewrites.training.recipes import OutOfPlace
 
 __all__ = ["Kept", "is_left", "kept_by"]
 

@@ -1,9 +1,8 @@
-"""Linear gates: in compiled code, convolutions that gates are computed by are the matrix products that they are.
+"""Linear gates: convolutions that gates are computed by are the matrix products that they are.
 
 conv(s) = W s + b,  of s at one position, (N, C, 1, 1)
 
-Compilers call a library for each convolution, once forward and twice backward, which takes longer than its arithmetic.
-Equal up to rounding, and for compilers alone: eager calls are as they were.
+Equal up to rounding. A library for convolutions is called once forward and twice backward: that takes longer than the arithmetic.
 """
 
 from __future__ import annotations
@@ -11,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, TypeGuard
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
@@ -25,8 +23,8 @@ __all__ = ["linear_gates"]
 
 
 def multiplied_by_matrix(conv: nn.Module, value: Tensor, **kwargs: Any) -> Tensor:
-    """``conv(value)``: in compiled code as a product with a matrix, if it still is one."""
-    if not torch.compiler.is_compiling() or not is_matrix(conv) or value.shape[1:] != (conv.in_channels, 1, 1):
+    """``conv(value)`` as a product with a matrix, if it still is one."""
+    if not is_matrix(conv) or value.shape[1:] != (conv.in_channels, 1, 1):
         return conv(value, **kwargs)  # type: ignore[no-any-return]
     return F.linear(value.flatten(1), conv.weight.flatten(1), conv.bias)[:, :, None, None]
 
@@ -41,7 +39,7 @@ def is_matrix(module: nn.Module) -> TypeGuard[nn.Conv2d]:
 
 
 def linear_gates(keeping: Keeping) -> Iterator[Change]:
-    """1x1 convolutions of the vectors that gates are computed from are matrix products in compiled code."""
+    """1x1 convolutions of the vectors that gates are computed from are matrix products."""
     gates = keeping.gate_nodes()
     for node in list(keeping.graph.nodes):
         conv = keeping.convolution(node) if node.op == "call_module" and node in gates else None

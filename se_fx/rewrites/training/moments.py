@@ -26,16 +26,14 @@ from se_fx.rewrites.change import Change, place_of
 from se_fx.rewrites.terms import Scale
 from se_fx.rewrites.training.calls import (
     BatchNorm,
-    Callee,
     GroupNorm,
     is_still,
-    module_or_function,
     name_of_class,
     normalized,
     product,
 )
 from se_fx.rewrites.training.keeping import Keeping
-from se_fx.rewrites.training.recipes import Recipe
+from se_fx.rewrites.training.recipes import Callee, Recipe, module_or_function
 from se_fx.rewrites.training.weaving import callee, exchange, insert_wrapped, normalize
 
 __all__ = ["moments"]

@@ -8,19 +8,24 @@ changed them in place.
 from __future__ import annotations
 
 import contextlib
+import functools
+import inspect
 import itertools
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
-__all__ = ["Hooks", "Recipe"]
+__all__ = ["Callee", "Hooks", "OutOfPlace", "Recipe", "module_or_function", "out_of_place"]
 
-#: Bytes of a part of a map that a core's caches hold.
-PART = 2**20
+#: Bytes of a part of a map that the caches of cores hold.
+PART = 2**21
 
+Callee = nn.Module | str  # a module, or a function of PyTorch's by its qualified name
 Hooks = tuple[Callable[[Tensor], Any], Callable[[Any], Tensor]]
 
 
@@ -186,3 +191,63 @@ def _autocast_on(device: str) -> tuple[str, torch.dtype] | None:
 
 _ROUNDED = (torch.float16, torch.bfloat16)
 _is_any_autocast_on: Callable[[], bool] = torch._C._is_any_autocast_enabled
+
+
+# -------------------------------------------------------------------------------------------------- what changes nothing
+def module_or_function(callee: Callee) -> Any:
+    """What a callee stands for."""
+    if isinstance(callee, nn.Module):
+        return callee
+    found: Any = torch
+    for name in callee.removeprefix("torch.").split("."):
+        found = getattr(found, name)
+    return found
+
+
+def out_of_place(callee: Callee, args: Any, kwargs: Any, value: Tensor) -> Any:
+    """What an activation gives for a value, which is left as it is."""
+    if isinstance(callee, nn.Module):
+        if type(callee).__module__ == nn.modules.activation.__name__:  # whether these work in place is told by their attribute
+            return _told_not_to(callee).forward(value, *args, **kwargs)
+        call = callee.forward
+    else:
+        call = module_or_function(callee)
+        if inspect.isfunction(call) and call.__module__ == F.__name__:  # what it calls has no flags
+            return _without_flag(call, (value, *args), kwargs)
+    with OutOfPlace():
+        return call(value, *args, **kwargs)
+
+
+def _told_not_to(module: nn.Module) -> nn.Module:
+    """The same module, told not to work in place."""
+    if not getattr(module, "inplace", False):
+        return module
+    other = object.__new__(type(module))
+    other.__dict__.update(module.__dict__, inplace=False)
+    return other
+
+
+class OutOfPlace(TorchFunctionMode):
+    """Within, no activation works in place."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return _without_flag(func, args, kwargs or {})
+
+
+def _without_flag(func: Any, args: Any, kwargs: Any) -> Any:
+    """What a function gives, without its flag that it may work in place."""
+    place = _place_of_flag(func)
+    if kwargs.get("inplace"):
+        kwargs = {**kwargs, "inplace": False}
+    elif place is not None and len(args) > place:
+        args = (*args[:place], False, *args[place + 1 :])
+    return func(*args, **kwargs)
+
+
+@functools.lru_cache(maxsize=256)
+def _place_of_flag(func: Any) -> int | None:
+    """Where a function of `torch.nn.functional` has the flag that it may work in place."""
+    if not inspect.isfunction(func):
+        return None
+    names = list(inspect.signature(func).parameters)
+    return names.index("inplace") if "inplace" in names else None
