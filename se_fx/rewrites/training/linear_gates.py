@@ -2,7 +2,7 @@
 
 conv(s) = W s + b,  of s at one position, (N, C, 1, 1)
 
-Equal up to rounding. A library for convolutions is called once forward and twice backward: that takes longer than the arithmetic.
+Equal up to rounding. A library for convolutions is called once forward and twice backward: that takes longer than arithmetic.
 """
 
 from __future__ import annotations
