@@ -74,7 +74,7 @@ def _asking_once(body: list[str]) -> list[str]:
     first = {each: row for row, _, texts in reversed(paths) for each in texts}
     holders = {each: holder for _, _, texts in paths for holder, each in itertools.pairwise(["", *texts])}
     uses = Counter(texts[-1] for _, _, texts in paths) + Counter(holders.values())
-    names, taken = {"": ""}, {each.id for each in ast.walk(tree) if isinstance(each, ast.Name)}
+    names, taken = {"": ""}, {*re.findall(r"\w+", source)}
     for each in holders:
         if uses[each] > 1:
             name = "_".join(re.findall(r"\w+", each.replace("getattr(", "")))
@@ -99,6 +99,8 @@ def _paths(node: ast.AST) -> Iterator[list[ast.expr]]:
     """The modules on the way from the root, which isn't among them, to each of those that code asks for."""
     path: list[ast.expr] = []
     root = node
+    if isinstance(node, ast.Name | ast.Constant):
+        return
     while (holder := _asked_of(root)) is not None:
         path.insert(0, holder)
         root = holder
