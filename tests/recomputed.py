@@ -164,3 +164,11 @@ def kept_bytes(model: nn.Module, x: Tensor, least: int = 0) -> int:
 
 def _is_expanded(tensor: Tensor) -> bool:
     return any(s == 0 and n > 1 for s, n in zip(tensor.stride(), tensor.shape, strict=True))
+
+
+def names_of_nodes(result: Tensor) -> list[str]:
+    """Of all that autograd has noted to give a result."""
+    nodes: list[Any] = [result.grad_fn]
+    for node in nodes:  # which grows
+        nodes += [before for before, _ in node.next_functions if before is not None and before not in nodes]
+    return [type(node).__name__ for node in nodes]

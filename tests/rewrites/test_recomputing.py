@@ -11,21 +11,22 @@ from typing import Any
 
 import pytest
 import torch
-from recomputed import CHANNELS, UNITS, Gate, Mobile, Residual, assert_alike, conv, kept_maps, step
+from recomputed import CHANNELS, UNITS, Gate, Mobile, Residual, assert_alike, conv, kept_maps, names_of_nodes, step
 from torch import Tensor, nn
 from torch.autograd import forward_ad, gradcheck, gradgradcheck
 
 import se_fx
 from se_fx.rewrites import ROUNDED, TRAINING_REWRITES
-from se_fx.rewrites.training import calls, recipes, saving
+from se_fx.rewrites.training import calls, matrices, recipes, saving
 
 X = torch.randn(3, CHANNELS, 6, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
 
 
-@pytest.fixture(autouse=True, params=["at once", "by part"])
+@pytest.fixture(autouse=True, params=["at once", "by part", "by matrix"])
 def sums(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Gates' gradients are summed either way."""
-    monkeypatch.setattr(calls, "LARGE", 0 if request.param == "by part" else 2**60)
+    """Gates' gradients are summed in any of these ways."""
+    monkeypatch.setattr(calls, "LARGE", 2**60 if request.param == "at once" else 0)
+    monkeypatch.setattr(matrices, "LARGE", 0 if request.param == "by matrix" else 2**60)
 
 
 def optimized(model: nn.Module, **options: Any) -> tuple[nn.Module, nn.Module]:
@@ -50,7 +51,7 @@ def test_units(name: str, layout: torch.memory_format) -> None:
 def test_gradients_of_each_rewrite_alone(name: str, rewrite: str) -> None:
     model, lean = optimized(UNITS[name][0](), rewrites=[rewrite], exact=rewrite not in ROUNDED)
     assert kept_maps(copy.deepcopy(lean), X) <= kept_maps(copy.deepcopy(model), X)
-    x = X[:2, :, :2, :3].clone().requires_grad_()
+    x = X[:2, :, :4, :4].clone().requires_grad_()
     tried = copy.deepcopy(lean)
     parameters = [p for p in tried.parameters() if p.numel() <= 64]
     assert gradcheck(lambda x, *_: tried(x), (x, *parameters), atol=1e-6, fast_mode=True)
@@ -60,7 +61,7 @@ def test_gradients_of_each_rewrite_alone(name: str, rewrite: str) -> None:
 @pytest.mark.parametrize("name", UNITS)
 def test_second_derivatives(name: str) -> None:
     _, lean = optimized(UNITS[name][0]())
-    assert gradgradcheck(lambda x: lean(x).square(), (X[:2, :, :2, :2].clone().requires_grad_(),), atol=1e-6, fast_mode=True)
+    assert gradgradcheck(lambda x: lean(x).square(), (X[:2, :, :4, :4].clone().requires_grad_(),), atol=1e-6, fast_mode=True)
 
 
 ACTIVATIONS: dict[str, tuple[Callable[[], nn.Module], int]] = {
@@ -554,12 +555,12 @@ def test_where_it_cannot_be_told_who_has_a_gradient(missing: str, monkeypatch: p
 
 
 @pytest.mark.parametrize("name", [name for name in UNITS if name != "methods"])  # whose gate is as large as its map
-def test_products_of_all_units_are_by_part(name: str) -> None:
+def test_products_of_all_units_are_by_part_or_by_matrix(name: str) -> None:
     _, lean = optimized(UNITS[name][0]())
-    nodes = [lean(X).grad_fn]
-    for node in nodes:  # which grows
-        nodes += [before for before, _ in node.next_functions if before is not None and before not in nodes]
-    assert ("_ProductBackward" in [type(node).__name__ for node in nodes]) == (calls.LARGE == 0)
+    has_matrix = matrices.LARGE == 0 and name in ("mobile", "group_norm")
+    found = names_of_nodes(lean(X))
+    assert ("_ProductBackward" in found) == (calls.LARGE == 0 and not has_matrix)
+    assert ("_ConvolvedBackward" in found) == has_matrix
 
 
 @pytest.mark.parametrize("samples", [1, 2, 4])

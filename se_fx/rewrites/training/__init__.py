@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 
 from se_fx.rewrites.change import Change
 from se_fx.rewrites.training.keeping import Keeping
-from se_fx.rewrites.training.linear_gates import linear_gates
+from se_fx.rewrites.training.matrices import linear_gates
 from se_fx.rewrites.training.moments import moments
 from se_fx.rewrites.training.recompute import recompute_activations, recompute_products, recompute_readers
 from se_fx.rewrites.training.tails import Tail, tail_of

@@ -8,7 +8,6 @@ from __future__ import annotations
 import functools
 import operator
 import sys
-import weakref
 from typing import Any, NamedTuple
 
 import torch
@@ -20,7 +19,7 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from se_fx.regions import hooked, own_class
 from se_fx.rewrites.training.recipes import Callee, Recipe, module_or_function, out_of_place
-from se_fx.rewrites.training.saving import has_hooks_around, is_kept, recomputed
+from se_fx.rewrites.training.saving import has_hooks_around, is_kept, keep, recomputed
 
 __all__ = [
     "BatchNorm",
@@ -28,6 +27,7 @@ __all__ = [
     "activated",
     "held",
     "is_hooked",
+    "is_plain_scale",
     "is_still",
     "name_of_class",
     "normalized",
@@ -191,10 +191,11 @@ def product(value: Tensor, gate: Tensor, recipe: Recipe | None) -> Tensor:
     """``value * gate``, for which only the recipe of the value is kept, if there is one."""
     if recipe is None:
         return value * gate
-    is_by_part, readers = _is_by_part(value, gate), recipe.shelf.readers
-    result: Tensor = recomputed(_Product.apply if is_by_part else torch.mul, value, (gate,), {}, recipe)
-    if is_by_part and recipe.shelf.readers > readers:
-        result.grad_fn.kept = weakref.ref(recipe)  # type: ignore[union-attr]  # it lives as long as autograd keeps it
+    if not _is_by_part(value, gate):
+        return recomputed(torch.mul, value, (gate,), {}, recipe)  # type: ignore[no-any-return]
+    result: Tensor = _Product.apply(value, gate)
+    if gate.requires_grad:  # else nothing of the map is kept
+        keep(recipe, result)
     return result
 
 
@@ -263,10 +264,15 @@ LARGE = 4 * 2**20
 
 def _is_by_part(value: Tensor, gate: Tensor) -> bool:
     """Whether summing part by part is worth it, as it is where the CPU's caches hold a part and not all, and right."""
-    if value.numel() * value.element_size() <= LARGE or value.device.type != "cpu" or has_hooks_around():
+    return value.numel() * value.element_size() > LARGE and is_plain_scale(value, gate)
+
+
+def is_plain_scale(value: Tensor, gate: Tensor) -> bool:
+    """Whether these are a map and its gate, on a CPU, and nobody else looks at what autograd keeps, or at derivatives."""
+    if value.device.type != "cpu" or value.ndim != 4 or gate.shape != (*value.shape[:2], 1, 1) or has_hooks_around():
         return False
     is_plain = type(value) is Tensor and type(gate) is Tensor and value.dtype == gate.dtype and value.is_floating_point()
-    return is_plain and value.ndim == 4 and gate.shape == (*value.shape[:2], 1, 1) and forward_ad._current_level < 0
+    return is_plain and forward_ad._current_level < 0
 
 
 def reading(callee: Callee, value: Tensor, recipe: Recipe | None, *args: Any, **kwargs: Any) -> Any:

@@ -19,7 +19,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from se_fx.analysis import called, is_plain, runs_pytorch
 from se_fx.rewrites.algebra import Algebra
 from se_fx.rewrites.change import place_of
-from se_fx.rewrites.terms import Scale
+from se_fx.rewrites.terms import Scale, is_pointwise
 from se_fx.rewrites.training.kept import Kept, is_left, kept_by
 from se_fx.rewrites.training.tails import Tail
 
@@ -53,6 +53,7 @@ class Unit:
         from_norm: to its map, from a norm, through activations that need keep nothing then.
         readers: what keeps the product, and could compute it again.
         unread: why there are none of these.
+        matrix: what alone reads the product, where that is a 1x1 convolution that could as well take the map and the gate.
     """
 
     scale: Scale
@@ -60,6 +61,7 @@ class Unit:
     from_norm: Way
     readers: tuple[fx.Node, ...] = ()
     unread: str = ""
+    matrix: fx.Node | None = None
 
 
 @dataclass
@@ -102,7 +104,8 @@ class Keeping(Algebra):
             return Unit(scale, Way(reason=reason), Way(reason=reason), unread=reason)
         readers = self._readers(scale)
         found, unread = ((), readers) if isinstance(readers, str) else (readers, "")
-        return Unit(scale, *self._ways(scale), found, unread)
+        matrix = found[0] if len(scale.node.users) == len(found) == 1 and self._is_matrix(scale, found[0]) else None
+        return Unit(scale, *self._ways(scale), found, unread, matrix)
 
     def now(self, scale: Scale) -> tuple[fx.Node, fx.Node, fx.Node]:
         """A product, its map and the gate that it is multiplied by, as they are in the graph by now."""
@@ -258,6 +261,12 @@ class Keeping(Algebra):
                 return "is changed in place before it is read"
             found.append(reader)
         return tuple(found) or "nothing keeps it"
+
+    def _is_matrix(self, scale: Scale, reader: fx.Node) -> bool:
+        conv = self.convolution(reader) if reader.op == "call_module" else None
+        if conv is None or not is_pointwise(conv) or conv.groups > 1:
+            return False
+        return not any(self.effects.may_change(each, scale.node, reader) for each in (scale.value, scale.gate))
 
 
 def name_of(node: fx.Node) -> str | None:

@@ -103,14 +103,21 @@ class Recipe:
         return shelf.put(self._computed(), shelf.readers) if shelf.value is None else shelf.value
 
     def times(self, gradient: Tensor) -> Tensor:
-        """The sum over space of the value times a gradient, (N, C, 1, 1). Part by part: nothing of their size is made."""
-        shelf, parts = self.shelf, _Parts(gradient)
+        """The sum over space of the value times a gradient of its shape, (N, C, 1, 1)."""
+        return self._with_parts(gradient, gradient.shape[1], lambda value, part: (part * value).sum((2, 3), keepdim=True))
+
+    def outer(self, gradient: Tensor, channels: int) -> Tensor:
+        """The sum over space of the value, of so many channels, times each channel of a gradient, (N, O, C)."""
+        return self._with_parts(gradient, channels, lambda value, part: part.flatten(2).bmm(value.flatten(2).transpose(1, 2)))
+
+    def _with_parts(self, gradient: Tensor, channels: int, compute: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        """What is computed of the value and a gradient, part by part: nothing of their size is made."""
+        shelf, parts = self.shelf, _Parts(gradient, channels)
         with torch.no_grad():
             alone = shelf.value is None and shelf.readers == 1 and self._is_by_sample()
             values = self._parts(parts) if alone else parts.of(self.unpack())
             with torch.autocast(gradient.device.type, enabled=False):
-                pairs = zip(values, parts.of(gradient), strict=True)
-                return torch.cat([(part * value).sum((2, 3), keepdim=True) for value, part in pairs])
+                return torch.cat([compute(*pair) for pair in zip(values, parts.of(gradient), strict=True)])
 
     @contextlib.contextmanager
     def spared(self) -> Iterator[None]:
@@ -139,15 +146,16 @@ class Recipe:
         return self.sources
 
     def _parts(self, parts: _Parts) -> Iterator[Tensor]:
-        """The value, a few samples at a time, so that there is room for these only, unless it is known already."""
-        if self.shelf.value is not None:
-            yield from parts.of(self.shelf.value)
-            return
-        sources = [each._parts(parts) if isinstance(each, Recipe) else parts.of(each) for each in self._current()]
+        """The value, a few samples at a time, so that there is room for these only."""
+        sources = [each._beside(parts) if isinstance(each, Recipe) else parts.of(each) for each in self._current()]
         for values in zip(*sources, strict=True):
             with self._as_it_was(values):
                 part = self.run(*values)
             yield part
+
+    def _beside(self, parts: _Parts) -> Iterable[Tensor]:
+        """The value's parts: of all of it where others will want that, too."""
+        return parts.of(self.within()) if self.shelf.readers else self._parts(parts)
 
     def _is_by_sample(self) -> bool:
         """Whether it gives each sample for what the maps among its sources are for that sample."""
@@ -164,9 +172,9 @@ class Recipe:
 class _Parts:
     """Samples, as many at a time as caches hold, and threads can share."""
 
-    def __init__(self, map_: Tensor) -> None:
-        self.samples = len(map_)
-        self.size = max(1, PART // (map_[0].numel() * map_.element_size()))
+    def __init__(self, gradient: Tensor, channels: int) -> None:
+        self.samples = len(gradient)
+        self.size = max(1, PART // (channels * gradient.shape[2:].numel() * gradient.element_size()))
 
     def of(self, source: Tensor | _Held | None) -> Iterable[Any]:
         """The parts of a map, or for each part the same."""

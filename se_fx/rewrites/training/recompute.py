@@ -16,6 +16,7 @@ from torch import fx
 from se_fx.rewrites.change import Change, place_of
 from se_fx.rewrites.training.calls import activated, held, product, reading, scaled
 from se_fx.rewrites.training.keeping import Keeping, Unit
+from se_fx.rewrites.training.matrices import convolved
 from se_fx.rewrites.training.weaving import callee, exchange, insert_wrapped, is_training_call, names_of, normalize, weave
 
 __all__ = ["recompute_activations", "recompute_products", "recompute_readers"]
@@ -89,6 +90,14 @@ def recompute_readers(keeping: Keeping) -> Iterator[Change]:
         with keeping.graph.inserting_before(node):
             known = keeping.woven.recipes.get(unit.scale.value) if unit.scale.node in keeping.woven.values else None
             recipe = known or insert_wrapped(keeping, node, held, value)
+        if unit.matrix is not None and (node is unit.scale.node or node.target is product):
+            with keeping.graph.inserting_before(unit.matrix):
+                given = (callee(keeping, unit.matrix), value, gate, recipe)
+                exchange(keeping, unit.matrix, insert_wrapped(keeping, unit.matrix, convolved, *given))
+            keeping.graph.erase_node(node)
+            yield Change(place, True, f"is scaled for {place_of(unit.matrix)}, whose gradients need no product")
+            continue
+        with keeping.graph.inserting_before(node):
             again = insert_wrapped(keeping, node, scaled, recipe, gate)
         _multiply(keeping, node, value, gate, recipe)
         for reader in unit.readers:

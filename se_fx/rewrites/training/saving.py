@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -17,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 
 from se_fx.rewrites.training.recipes import Hooks, Recipe
 
-__all__ = ["has_hooks_around", "is_kept", "recomputed"]
+__all__ = ["has_hooks_around", "is_kept", "keep", "recomputed"]
 
 
 #: Bytes of a map that is worth computing again. For smaller ones, the calls take longer than they are worth.
@@ -68,6 +69,13 @@ def recomputed(
         elif hooks is not None and tensor is not None:
             _pack(saved, hooks)
     return result
+
+
+def keep(recipe: Recipe, result: Tensor) -> None:
+    """Have the `torch.autograd.Function` that gave a result keep a recipe for the first tensor that it has saved."""
+    node: Any = result.grad_fn
+    _put(recipe, node._raw_saved_tensors[0])
+    node.kept = weakref.ref(recipe)  # which lives as long as autograd keeps it
 
 
 def _put_at_once(value: Tensor, recipe: Recipe | None, result: Any, again: Recipe | None) -> bool:
