@@ -272,16 +272,26 @@ def test_factors_that_are_changed_between_the_product_and_its_convolution(what: 
             u = self.act(self.norm(self.conv(x)))
             gate = u.mean((2, 3), keepdim=True).sigmoid()
             y = u * gate
-            with torch.no_grad():
-                (u if what == "map" else gate).add_(1)
+            (u if what == "map" else gate).add_(1)
             return self.last(y)
 
     model, lean = exact(Changed)
-    with torch.no_grad():  # autograd would refuse it
+    with torch.no_grad():
         assert torch.equal(lean(X), model(X))
-    for each in (model, lean):
+    assert torch.equal(lean(X), model(X))
+    if what == "gate":  # the map itself isn't kept
         with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-            each(X).sum().backward()
+            lean(X).sum().backward()
+
+
+@pytest.mark.usefixtures("joint")
+def test_norms_are_run_again_once() -> None:
+    """By part for the product, they would be once more for the activation."""
+    _, lean = exact(Mobile)
+    loss = lean(X).sum()
+    with torch.profiler.profile() as profile:
+        loss.backward()
+    assert {event.key: event.count for event in profile.key_averages()}["aten::native_batch_norm"] == 1
 
 
 @pytest.mark.usefixtures("joint")

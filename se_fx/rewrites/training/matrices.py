@@ -7,7 +7,7 @@ A library for convolutions is called once forward and twice backward: that takes
 conv(u * g) = W diag(g_n) u_n + b,  of a scaled map u, (N, C, H, W), and its gate g, (N, C, 1, 1)
 
 With the gradient d of the result, and one product of matrices for each sample, P_n = d_n u_n^T, the gradient of W is the sum
-of P_n diag(g_n) over samples, and that of g_n the sum of W * P_n over outputs: no u * g is needed, and no other pass over a map.
+of P_n diag(g_n) over samples, and that of g_n the sum of W * P_n over outputs: no u * g is needed, nor another pass over a map.
 Outputs are bit for bit the same. P has few elements where there are few outputs for so many positions.
 """
 
