@@ -2,7 +2,7 @@
 
 In eager mode autograd keeps what Squeeze-and-Excitation needs for its gradients; nearly all of it can be computed again from
 what the layers around it keep anyway. Values computed in the forward pass stay what they were, bit for bit; but for
-`linear_gates` and `moments`, which are for compiled code alone.
+`linear_gates` and `moments`. These save time: the last in compiled code alone.
 """
 
 from collections.abc import Callable, Iterator

@@ -95,19 +95,23 @@ def recompute_readers(keeping: Keeping) -> Iterator[Change]:
                 given = (callee(keeping, unit.matrix), value, gate, recipe)
                 exchange(keeping, unit.matrix, insert_wrapped(keeping, unit.matrix, convolved, *given))
             keeping.graph.erase_node(node)
-            yield Change(place, True, f"is scaled for {place_of(unit.matrix)}, whose gradients need no product")
-            continue
-        with keeping.graph.inserting_before(node):
-            again = insert_wrapped(keeping, node, scaled, recipe, gate)
-        _multiply(keeping, node, value, gate, recipe)
-        for reader in unit.readers:
-            if keeping.norm(reader):
-                normalize(keeping, reader, again)
-                continue
-            with keeping.graph.inserting_before(reader):
-                module, (map_, *rest) = callee(keeping, reader), reader.args
-                exchange(keeping, reader, insert_wrapped(keeping, reader, reading, module, map_, again, *rest, **reader.kwargs))
+        else:
+            _multiply_again(keeping, unit, node, value, gate, recipe)
         yield Change(place, True, f"is scaled again for {names_of(unit.readers)}")
+
+
+def _multiply_again(keeping: Keeping, unit: Unit, node: fx.Node, value: fx.Node, gate: fx.Node, recipe: fx.Node) -> None:
+    """Have what keeps a product keep the recipe of it."""
+    with keeping.graph.inserting_before(node):
+        again = insert_wrapped(keeping, node, scaled, recipe, gate)
+    _multiply(keeping, node, value, gate, recipe)
+    for reader in unit.readers:
+        if keeping.norm(reader):
+            normalize(keeping, reader, again)
+            continue
+        with keeping.graph.inserting_before(reader):
+            module, (map_, *rest) = callee(keeping, reader), reader.args
+            exchange(keeping, reader, insert_wrapped(keeping, reader, reading, module, map_, again, *rest, **reader.kwargs))
 
 
 def _multiply(keeping: Keeping, node: fx.Node, value: fx.Node, gate: fx.Node, recipe: fx.Node) -> None:
